@@ -1,0 +1,175 @@
+use super::{Backend, Buffer, Device, Element, Pool};
+use crate::{Error, Result};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+type Work = Box<dyn FnOnce(&Pool) + Send>;
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Work>,
+    submitted: u64,
+    done: u64,
+}
+
+/// An in-order queue of work on a device. Cloning names the same queue.
+#[derive(Clone)]
+pub struct Stream {
+    device: Device,
+    pool: Arc<Pool>,
+    /// `None`: work runs at submission. `Some`: it is held until somebody waits.
+    queue: Option<Arc<Mutex<Queue>>>,
+}
+
+impl Stream {
+    pub(super) fn new(device: Device, pool: Arc<Pool>, deferred: bool) -> Stream {
+        Stream { device, pool, queue: deferred.then(Arc::default) }
+    }
+
+    /// The device this stream runs on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What to launch for.
+    pub fn backend(&self) -> Backend<'_> {
+        Backend::Cpu(self)
+    }
+
+    /// Submits host work: `f` gets the pool to spread over the cores. It captures clones of the buffers it touches.
+    pub fn launch<F: FnOnce(&Pool) + Send + 'static>(&self, f: F) {
+        match &self.queue {
+            None => f(&self.pool),
+            Some(q) => {
+                let mut q = q.lock().unwrap_or_else(|e| e.into_inner());
+                q.waiting.push_back(Box::new(f));
+                q.submitted += 1;
+            }
+        }
+    }
+
+    /// Submits a copy of `data` into the front of `to`. The data is taken at the call.
+    pub fn write<T: Element>(&self, to: &Buffer, data: &[T]) {
+        assert!(data.len() <= to.len(), "{} elements written into a buffer of {}", data.len(), to.len());
+        match &self.queue {
+            // SAFETY: work on this stream has run already, so no launch is using `to`.
+            None => unsafe { to.get_mut::<T>()[..data.len()].copy_from_slice(data) },
+            Some(_) => {
+                let (to, data) = (to.clone(), data.to_vec());
+                // SAFETY: the queue runs launches one after the other.
+                self.launch(move |_| unsafe { to.get_mut::<T>()[..data.len()].copy_from_slice(&data) });
+            }
+        }
+    }
+
+    /// Submits a copy of `len` elements within device memory; the ranges must not overlap.
+    pub fn copy(&self, from: &Buffer, to: &Buffer) {
+        assert_eq!((from.len(), from.dtype()), (to.len(), to.dtype()), "a copy between buffers of one shape");
+        let (from, to) = (from.clone(), to.clone());
+        // SAFETY: launches of one stream run one after the other; the ranges do not overlap by contract.
+        self.launch(move |_| unsafe { to.bytes_mut().copy_from_slice(from.bytes_mut()) });
+    }
+
+    /// Submits setting every byte of `b` to zero.
+    pub fn zero(&self, b: &Buffer) {
+        let b = b.clone();
+        self.launch(move |pool| {
+            // SAFETY: launches of one stream run one after the other.
+            let bytes = unsafe { b.bytes_mut() };
+            pool.chunks_mut(bytes, 1 << 18, |_, c| c.fill(0));
+        });
+    }
+
+    /// Submits a read of `b`; the values come with [`Pending::wait`].
+    pub fn read<T: Element>(&self, b: &Buffer) -> Pending<T> {
+        let slot: Arc<Mutex<Vec<T>>> = Arc::default();
+        let (to, b) = (slot.clone(), b.clone());
+        // SAFETY: launches of one stream run one after the other.
+        self.launch(move |_| *to.lock().unwrap_or_else(|e| e.into_inner()) = unsafe { b.get::<T>() }.to_vec());
+        Pending { slot, event: self.record() }
+    }
+
+    /// Marks this point of the queue.
+    pub fn record(&self) -> Event {
+        let at = self.queue.as_ref().map_or(0, |q| q.lock().unwrap_or_else(|e| e.into_inner()).submitted);
+        Event { stream: self.clone(), at }
+    }
+
+    /// Waits for all that was submitted.
+    pub fn synchronize(&self) -> Result<()> {
+        self.record().wait()
+    }
+}
+
+/// A point in a stream's queue.
+#[derive(Clone)]
+pub struct Event {
+    stream: Stream,
+    at: u64,
+}
+
+impl Event {
+    /// Waits until everything submitted before this point has run. Errors of the device surface here.
+    pub fn wait(&self) -> Result<()> {
+        let Some(q) = &self.stream.queue else { return Ok(()) };
+        // The lock is held while work runs: two waiters must not run it out of order.
+        let mut q = q.lock().map_err(|_| Error::internal("a launch panicked on this stream"))?;
+        while q.done < self.at {
+            let Some(work) = q.waiting.pop_front() else { break };
+            work(&self.stream.pool);
+            q.done += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Values that are on their way from the device.
+#[must_use = "the values come with wait()"]
+pub struct Pending<T> {
+    slot: Arc<Mutex<Vec<T>>>,
+    event: Event,
+}
+
+impl<T> Pending<T> {
+    /// Waits for the values.
+    pub fn wait(self) -> Result<Vec<T>> {
+        self.event.wait()?;
+        Ok(std::mem::take(&mut *self.slot.lock().unwrap_or_else(|e| e.into_inner())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{DType, Device};
+
+    #[test]
+    fn deferred_runs_nothing_before_a_wait_and_everything_in_order() {
+        let d = Device::cpu_deferred(2);
+        let s = d.stream();
+        let b = d.alloc(DType::F32, 4);
+        // SAFETY: nothing is in flight.
+        assert!(unsafe { b.get::<f32>() }.iter().all(|x| x.is_nan()), "fresh memory must be poisoned");
+        s.write(&b, &[1.0f32, 2.0, 3.0, 4.0]);
+        let b2 = b.clone();
+        // SAFETY: one launch at a time.
+        s.launch(move |_| unsafe { b2.get_mut::<f32>() }.iter_mut().for_each(|x| *x *= 2.0));
+        // SAFETY: nothing is in flight.
+        assert!(unsafe { b.get::<f32>() }[0].is_nan(), "the deferred device ran early");
+        let first = s.read::<f32>(&b);
+        s.write(&b, &[9.0f32]);
+        assert_eq!(first.wait().unwrap(), [2.0, 4.0, 6.0, 8.0]);
+        assert_eq!(s.read::<f32>(&b).wait().unwrap(), [9.0, 4.0, 6.0, 8.0]);
+    }
+
+    #[test]
+    fn memory_is_counted_and_given_back() {
+        let d = Device::cpu(1);
+        let a = d.zeros(DType::F32, 1000);
+        assert_eq!(d.allocated_bytes(), 4032);
+        let v = a.view(10, 20);
+        drop(a);
+        assert_eq!(d.allocated_bytes(), 4032, "a view keeps its memory");
+        drop(v);
+        assert_eq!(d.allocated_bytes(), 0);
+    }
+}

@@ -1,0 +1,102 @@
+//! Where memory lives and work is launched.
+//!
+//! A [`Device`] owns memory; a [`Buffer`] is a typed range of it; a [`Stream`] runs work in the order in which it was
+//! submitted. Submitting never promises that work has run: results are read through [`Pending::wait`] or after
+//! [`Event::wait`]. The CPU device runs work at once; [`Device::cpu_deferred`] holds every launch back until somebody
+//! waits, so that nothing above can come to rely on immediate results.
+//!
+//! Ops match on [`Stream::backend`] and launch for the backend they find; nothing above `ops` does.
+
+mod buffer;
+mod cpu;
+mod pool;
+
+pub use buffer::{Buffer, DType, Element};
+pub use cpu::{Event, Pending, Stream};
+pub use pool::{Pool, SendPtr};
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+/// A place where buffers live and streams run. Cloning is cheap and names the same device.
+#[derive(Clone)]
+pub struct Device {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    pool: Arc<Pool>,
+    deferred: bool,
+    allocated: Arc<AtomicUsize>,
+}
+
+/// What a [`Stream`] runs on, for the ops' dispatch.
+pub enum Backend<'a> {
+    /// The host's cores, in f32.
+    Cpu(&'a Stream),
+}
+
+impl Device {
+    /// The host's cores. `threads` 0 means all that this process may use.
+    pub fn cpu(threads: usize) -> Device {
+        Self::build(threads, false)
+    }
+
+    /// The host's cores, but every launch runs only when somebody waits for a later result, and fresh buffers hold NaN.
+    /// For tests of what is above: code that reads too early, or relies on zeroed memory, fails on it.
+    pub fn cpu_deferred(threads: usize) -> Device {
+        Self::build(threads, true)
+    }
+
+    fn build(threads: usize, deferred: bool) -> Device {
+        let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, |n| n.get()) } else { threads };
+        Device { inner: Arc::new(Inner { pool: Arc::new(Pool::new(threads)), deferred, allocated: Arc::default() }) }
+    }
+
+    /// A new in-order queue of work on this device.
+    pub fn stream(&self) -> Stream {
+        Stream::new(self.clone(), self.inner.pool.clone(), self.inner.deferred)
+    }
+
+    /// Uninitialised memory for `len` elements; poisoned with NaN bytes (0xFF) on the deferred device. 64-byte aligned.
+    pub fn alloc(&self, dtype: DType, len: usize) -> Buffer {
+        let b = Buffer::new(dtype, len, self.inner.allocated.clone());
+        if self.inner.deferred {
+            // SAFETY: nobody else has this buffer yet.
+            unsafe { b.bytes_mut().fill(0xFF) }
+        }
+        b
+    }
+
+    /// Zeroed memory for `len` elements.
+    pub fn zeros(&self, dtype: DType, len: usize) -> Buffer {
+        // The allocator hands out zeroed pages.
+        Buffer::new(dtype, len, self.inner.allocated.clone())
+    }
+
+    /// A new buffer with a copy of `data`.
+    pub fn upload<T: Element>(&self, data: &[T]) -> Buffer {
+        let b = Buffer::new(T::DTYPE, data.len(), self.inner.allocated.clone());
+        // SAFETY: nobody else has this buffer yet.
+        unsafe { b.get_mut::<T>().copy_from_slice(data) };
+        b
+    }
+
+    /// Bytes held by live buffers of this device.
+    pub fn allocated_bytes(&self) -> usize {
+        self.inner.allocated.load(Ordering::Relaxed)
+    }
+
+    /// How many threads a parallel op uses.
+    pub fn threads(&self) -> usize {
+        self.inner.pool.threads()
+    }
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "cpu({} threads{})", self.threads(), if self.inner.deferred { ", deferred" } else { "" })
+    }
+}

@@ -1,0 +1,80 @@
+use std::path::{Path, PathBuf};
+
+/// Everything in this crate that can fail returns this.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error for a person: what happened, where (file, field, row), and what to do.
+///
+/// The variants exist for programs that act on the kind of a failure; the text is complete in itself.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused a file operation.
+    #[error("{}: cannot {action}: {source}{}", path.display(), io_hint(source))]
+    Io {
+        /// What was being done, as a verb phrase: `read`, `write the checkpoint`.
+        action: String,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's own error.
+        source: std::io::Error,
+    },
+    /// Something a person wrote (a file, a field, an argument) cannot be used as it is.
+    #[error("{what}\n  to mend it: {mend}")]
+    Input {
+        /// What is wrong, naming the file and the field or row.
+        what: String,
+        /// What to change.
+        mend: String,
+    },
+    /// A request does not fit what this machine or configuration offers (memory, context length).
+    #[error("{what}\n  to mend it: {mend}")]
+    Limit {
+        /// What did not fit, with both figures.
+        what: String,
+        /// What to change.
+        mend: String,
+    },
+    /// A tool's machinery failed (not the model's use of it): never to be scored as a wrong answer.
+    #[error("the {tool} tool failed: {what}")]
+    Tool {
+        /// The tool's name.
+        tool: String,
+        /// What happened.
+        what: String,
+    },
+    /// The work was cancelled by its owner (Ctrl-C, a dropped handle).
+    #[error("cancelled: {0}")]
+    Cancelled(String),
+    /// A broken promise inside this crate: please report it.
+    #[error("internal error (please report it): {0}")]
+    Internal(String),
+}
+
+fn io_hint(e: &std::io::Error) -> &'static str {
+    match e.kind() {
+        std::io::ErrorKind::StorageFull => "; free some space on that disk and run the same command again",
+        std::io::ErrorKind::NotFound => "; check the path",
+        std::io::ErrorKind::PermissionDenied => "; check who owns it and its permissions",
+        _ => "",
+    }
+}
+
+impl Error {
+    /// An [`Error::Io`]; `action` is a verb phrase (`read`, `create`).
+    pub fn io(action: impl Into<String>, path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Error::Io { action: action.into(), path: path.as_ref().to_path_buf(), source }
+    }
+    /// An [`Error::Input`]: what is wrong and where, and what to change.
+    pub fn input(what: impl Into<String>, mend: impl Into<String>) -> Self {
+        Error::Input { what: what.into(), mend: mend.into() }
+    }
+    /// An [`Error::Limit`]: what did not fit, and what to change.
+    pub fn limit(what: impl Into<String>, mend: impl Into<String>) -> Self {
+        Error::Limit { what: what.into(), mend: mend.into() }
+    }
+    /// An [`Error::Internal`].
+    pub fn internal(what: impl Into<String>) -> Self {
+        Error::Internal(what.into())
+    }
+}

@@ -1,0 +1,3 @@
+//! The `varft` binary: see `varft --help`.
+
+fn main() {}
