@@ -19,5 +19,8 @@ pub mod rms_norm;
 pub mod rope;
 pub mod rows;
 pub mod sample;
+pub(crate) mod simd;
 pub mod softmax;
 pub mod swiglu;
+#[cfg(test)]
+pub(crate) mod testing;

@@ -1,1 +1,147 @@
-//! rows
+//! Moving and adding rows: gather, scatter and the additions that are their gradients.
+//!
+//! An index outside its matrix is a mistake of the caller and panics. Where several rows go to one place, they go in
+//! ascending order: work is cut by columns, never by rows.
+
+use crate::device::{Backend, Buffer, SendPtr, Stream};
+
+/// Columns per work item of the ops that write to `dst[index]`.
+const COLS: usize = 256;
+const CHUNK: usize = 16_384;
+
+/// `dst[i, :] = src[index[i], :]` for i in `0..n`: src `[_, w]`, index u32 `[n]`, dst `[n, w]`.
+pub fn gather(s: &Stream, src: &Buffer, index: &Buffer, dst: &Buffer, n: usize, w: usize) {
+    by_rows(s, src, index, dst, n, w, |d, s| d.copy_from_slice(s));
+}
+
+/// `dst[i, :] += src[index[i], :]` for i in `0..n`.
+pub fn gather_add(s: &Stream, src: &Buffer, index: &Buffer, dst: &Buffer, n: usize, w: usize) {
+    by_rows(s, src, index, dst, n, w, add_slice);
+}
+
+/// `dst[index[i], :] = src[i, :]` for i in `0..n`; of rows that go to one place the last stays.
+pub fn scatter(s: &Stream, src: &Buffer, index: &Buffer, dst: &Buffer, n: usize, w: usize) {
+    by_cols(s, src, index, dst, n, w, |d, s| d.copy_from_slice(s));
+}
+
+/// `dst[index[i], :] += src[i, :]` for i ascending in `0..n`; rows may repeat.
+pub fn scatter_add(s: &Stream, src: &Buffer, index: &Buffer, dst: &Buffer, n: usize, w: usize) {
+    by_cols(s, src, index, dst, n, w, add_slice);
+}
+
+/// `y += x` over `len` elements.
+pub fn add(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
+    assert!(x.len() >= len && y.len() >= len, "buffers of at least {len} elements");
+    let (x, y) = (x.clone(), y.clone());
+    match s.backend() {
+        Backend::Cpu(s) => s.launch(move |pool| {
+            // SAFETY: launches of one stream run in order; y is not x.
+            let (x, y) = unsafe { (x.get::<f32>(), y.get_mut::<f32>()) };
+            pool.chunks_mut(&mut y[..len], CHUNK, |i, y| add_slice(y, &x[i * CHUNK..][..y.len()]));
+        }),
+    }
+}
+
+fn add_slice(d: &mut [f32], s: &[f32]) {
+    d.iter_mut().zip(s).for_each(|(d, s)| *d += s);
+}
+
+fn by_rows(
+    s: &Stream,
+    src: &Buffer,
+    index: &Buffer,
+    dst: &Buffer,
+    n: usize,
+    w: usize,
+    put: impl Fn(&mut [f32], &[f32]) + Send + Sync + 'static,
+) {
+    assert!(index.len() >= n && dst.len() >= n * w, "{n} indices and a destination of [{n}, {w}]");
+    let (src, index, dst) = (src.clone(), index.clone(), dst.clone());
+    match s.backend() {
+        Backend::Cpu(s) => s.launch(move |pool| {
+            // SAFETY: launches of one stream run in order; dst is neither src nor index.
+            let (src, index, dst) = unsafe { (src.get::<f32>(), index.get::<u32>(), dst.get_mut::<f32>()) };
+            let per = (CHUNK / w.max(1)).max(1);
+            pool.chunks_mut(&mut dst[..n * w], per * w, |i, d| {
+                for (j, d) in d.chunks_exact_mut(w).enumerate() {
+                    put(d, &src[index[i * per + j] as usize * w..][..w]);
+                }
+            });
+        }),
+    }
+}
+
+fn by_cols(
+    s: &Stream,
+    src: &Buffer,
+    index: &Buffer,
+    dst: &Buffer,
+    n: usize,
+    w: usize,
+    put: impl Fn(&mut [f32], &[f32]) + Send + Sync + 'static,
+) {
+    assert!(index.len() >= n && src.len() >= n * w, "{n} indices and a source of [{n}, {w}]");
+    let (src, index, dst) = (src.clone(), index.clone(), dst.clone());
+    match s.backend() {
+        Backend::Cpu(s) => s.launch(move |pool| {
+            // SAFETY: launches of one stream run in order; dst is neither src nor index.
+            let (src, index, dst) = unsafe { (src.get::<f32>(), index.get::<u32>(), dst.get_mut::<f32>()) };
+            let (len, dst) = (dst.len(), SendPtr(dst.as_mut_ptr()));
+            // A few rows are not worth waking a thread.
+            let cols = if n * w <= CHUNK { w } else { COLS };
+            pool.run(w.div_ceil(cols), |item| {
+                let (c, k) = (item * cols, cols.min(w - item * cols));
+                for (src, &to) in src.chunks_exact(w).zip(&index[..n]) {
+                    let at = to as usize * w + c;
+                    assert!(at + k <= len, "row {to} of a destination of {} rows", len / w);
+                    // SAFETY: in bounds by the assertion; columns c..c+k belong to this item.
+                    put(unsafe { std::slice::from_raw_parts_mut(dst.get().add(at), k) }, &src[c..c + k]);
+                }
+            });
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{devices, noise};
+    use super::*;
+    use crate::device::DType;
+
+    #[test]
+    fn rows_go_where_the_index_says() {
+        for (n, w) in [(5, 3), (200, 300)] {
+            let (src, base) = (noise(n * w, 1), noise(n * w, 2));
+            // Repeats on purpose: 0, 2, 4, .. twice over.
+            let index: Vec<u32> = (0..n).map(|i| (2 * i % n) as u32 / 2 * 2).collect();
+            let row = |v: &[f32], r: usize| v[r * w..(r + 1) * w].to_vec();
+            let (mut g, mut ga, mut sc, mut sa) = (vec![], base.clone(), base.clone(), base.clone());
+            for (i, &to) in index.iter().enumerate() {
+                let to = to as usize;
+                g.extend(row(&src, to));
+                for c in 0..w {
+                    ga[i * w + c] += src[to * w + c];
+                    sc[to * w + c] = src[i * w + c];
+                    sa[to * w + c] += src[i * w + c];
+                }
+            }
+            let sum: Vec<f32> = base.iter().zip(&src).map(|(a, b)| a + b).collect();
+            for d in devices() {
+                let s = d.stream();
+                let (sb, ib) = (d.upload(&src), d.upload(&index));
+                let out = d.alloc(DType::F32, n * w);
+                gather(&s, &sb, &ib, &out, n, w);
+                assert_eq!(s.read::<f32>(&out).wait().unwrap(), g);
+                type Op = fn(&Stream, &Buffer, &Buffer, &Buffer, usize, usize);
+                for (op, want) in [(gather_add as Op, &ga), (scatter, &sc), (scatter_add, &sa)] {
+                    let out = d.upload(&base);
+                    op(&s, &sb, &ib, &out, n, w);
+                    assert_eq!(&s.read::<f32>(&out).wait().unwrap(), want);
+                }
+                let out = d.upload(&base);
+                add(&s, &sb, &out, n * w);
+                assert_eq!(s.read::<f32>(&out).wait().unwrap(), sum);
+            }
+        }
+    }
+}
