@@ -75,7 +75,7 @@ pub(crate) fn erf<const FMA: bool>(x: f32) -> f32 {
     p = madd::<FMA>(p, u, -0.026_854_444);
     p = madd::<FMA>(p, u, 0.112_836);
     p = madd::<FMA>(p, u, -0.376_126_26);
-    p = madd::<FMA>(p, u, 1.128_379_1);
+    p = madd::<FMA>(p, u, std::f32::consts::FRAC_2_SQRT_PI);
     let near = x * p;
     // |x| >= 1: 1 - exp(-x^2) r(t), t = 1 / (1 + |x| / 2), r minimax on 1 <= |x| <= 4.2; beyond that erf is 1 in f32.
     let c = if a < 4.2 { a } else { 4.2 };
