@@ -1,0 +1,53 @@
+//! Filling the parameters from the host, a stripe of rows at a time on all cores: the whole model never exists twice.
+
+use super::params::{Layout, ParamStore, Segment, Tensor};
+use crate::device::Stream;
+use crate::ops::linear::PANEL;
+use crate::{Error, Result};
+
+/// Elements of a stripe: 4 MB, so that a stripe being converted stays near a core.
+const STRIPE: usize = 1 << 20;
+
+/// Fills every segment: `f(segment, tensor, first, out)` writes the row-major elements `[first, first + out.len())` of a
+/// tensor. It is called from several threads.
+pub(super) fn fill<F>(s: &Stream, params: &ParamStore, f: F) -> Result<()>
+where
+    F: Fn(&Segment, &Tensor, usize, &mut [f32]) -> Result<()> + Sync,
+{
+    let mut stripes = Vec::new();
+    for segment in params.segments() {
+        let rows = match segment.layout {
+            Layout::Plain => (STRIPE / segment.k).max(1),
+            Layout::Packed => (STRIPE / segment.k / PANEL).max(1) * PANEL,
+        };
+        stripes.extend((0..segment.n).step_by(rows).map(|r| (segment, r..segment.n.min(r + rows))));
+    }
+    let f = &f;
+    for batch in stripes.chunks(s.device().threads()) {
+        let values = std::thread::scope(|scope| {
+            let workers: Vec<_> = batch
+                .iter()
+                .map(|(segment, rows)| {
+                    scope.spawn(move || -> Result<Vec<f32>> {
+                        let k = segment.k;
+                        let mut out = vec![0.0; rows.len() * k];
+                        for t in &segment.tensors {
+                            let (a, b) = (rows.start.max(t.rows.start), rows.end.min(t.rows.end));
+                            if a < b {
+                                let part = &mut out[(a - rows.start) * k..(b - rows.start) * k];
+                                f(segment, t, (a - t.rows.start) * k, part)?;
+                            }
+                        }
+                        Ok(out)
+                    })
+                })
+                .collect();
+            workers.into_iter().map(|w| w.join()).collect::<Vec<_>>()
+        });
+        for ((segment, rows), values) in batch.iter().zip(values) {
+            let values = values.map_err(|_| Error::internal("a thread that fills the weights panicked"))??;
+            segment.write(s, &params.flat, rows.clone(), &values);
+        }
+    }
+    Ok(())
+}
