@@ -1,0 +1,329 @@
+use super::Record;
+use super::escape::Escaped;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+/// How a figure reads.
+#[derive(Clone, Copy, PartialEq)]
+enum Unit {
+    Plain,
+    /// A share of one, shown as percent.
+    Percent,
+}
+
+/// A figure that the page knows: its name in the metrics, its label, and its hue (an index into the page's palette; a
+/// figure keeps its hue wherever it appears).
+struct Known {
+    name: &'static str,
+    label: &'static str,
+    hue: usize,
+}
+
+const fn k(name: &'static str, label: &'static str, hue: usize) -> Known {
+    Known { name, label, hue }
+}
+
+/// Panels in reading order: what is learned first, then how, then at what speed.
+const PANELS: &[(&str, Unit, &[Known])] = &[
+    ("Held-out F1 and exact match", Unit::Percent, &[k("eval/f1", "F1", 0), k("eval/em", "exact match", 1)]),
+    (
+        "Reward",
+        Unit::Plain,
+        &[k("reward/mean", "total", 2), k("reward/answer", "answer", 0), k("reward/format", "format", 3)],
+    ),
+    ("F1 and exact match in training", Unit::Percent, &[k("train/f1", "F1", 0), k("train/em", "exact match", 1)]),
+    ("KL to the reference (nats per token)", Unit::Plain, &[k("policy/kl", "KL", 4)]),
+    ("Entropy (nats per token)", Unit::Plain, &[k("policy/entropy", "entropy", 5)]),
+    ("Gradient norm before clipping", Unit::Plain, &[k("optim/grad_norm", "gradient norm", 6)]),
+    ("Loss", Unit::Plain, &[k("loss", "loss", 7)]),
+    ("Token accuracy", Unit::Percent, &[k("token_accuracy", "accuracy", 2)]),
+    ("Ratio clipped (share of tokens)", Unit::Percent, &[k("policy/clip_share", "clipped", 4)]),
+    (
+        "Tool calls per episode",
+        Unit::Plain,
+        &[k("tools/calls", "calls", 0), k("tools/exceptions", "raised an exception", 6)],
+    ),
+    (
+        "Episodes",
+        Unit::Percent,
+        &[
+            k("episodes/well_formed", "well formed", 2),
+            k("episodes/used_tool", "used the tool", 0),
+            k("episodes/truncated", "cut short", 6),
+        ],
+    ),
+    ("Groups without variance", Unit::Percent, &[k("groups/zero_variance", "dropped or flat", 3)]),
+    ("Response length (tokens per episode)", Unit::Plain, &[k("episodes/tokens", "tokens", 5)]),
+    (
+        "Tokens per second",
+        Unit::Plain,
+        &[k("speed/rollout_tokens_s", "rollout", 1), k("speed/train_tokens_s", "training", 0)],
+    ),
+    ("Seconds per step", Unit::Plain, &[k("speed/rollout_s", "rollout", 1), k("speed/train_s", "training", 0)]),
+    ("Learning rate", Unit::Plain, &[k("optim/lr", "learning rate", 7)]),
+];
+
+const HUES: usize = 8;
+
+/// One curve.
+struct Series {
+    label: String,
+    hue: usize,
+    /// (step, value), ascending; not finite where the run logged no number.
+    points: Vec<(f64, f64)>,
+}
+
+/// All curves of `records` as HTML: a figure with an inline SVG per panel. Figures the page doesn't know follow, each
+/// alone.
+pub(super) fn charts(records: &[Record]) -> String {
+    let mut by_name: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
+    for r in records {
+        for (name, value) in &r.values {
+            // What no axis can show is as good as no number.
+            let value = if value.abs() < 1e100 { *value } else { f64::NAN };
+            by_name.entry(name).or_default().push((r.step as f64, value));
+        }
+    }
+    let mut html = String::new();
+    for (title, unit, known) in PANELS {
+        let series: Vec<Series> = known
+            .iter()
+            .filter_map(|k| Some(Series { label: k.label.into(), hue: k.hue, points: by_name.remove(k.name)? }))
+            .collect();
+        if !series.is_empty() {
+            panel(&mut html, title, *unit, &series);
+        }
+    }
+    for (i, (name, points)) in by_name.into_iter().enumerate() {
+        panel(&mut html, name, Unit::Plain, &[Series { label: name.into(), hue: i % HUES, points }]);
+    }
+    html
+}
+
+const WIDTH: f64 = 400.0;
+const HEIGHT: f64 = 190.0;
+const LEFT: f64 = 48.0;
+const RIGHT: f64 = 12.0;
+const TOP: f64 = 10.0;
+const BOTTOM: f64 = 24.0;
+/// A path with more points than this says nothing more to the eye; neighbours are averaged.
+const MAX_POINTS: usize = 500;
+/// From this many points on a running mean is drawn over the raw curve.
+const SMOOTH_FROM: usize = 30;
+
+fn panel(html: &mut String, title: &str, unit: Unit, series: &[Series]) {
+    let series: Vec<Series> = series
+        .iter()
+        .map(|s| Series { label: s.label.clone(), hue: s.hue, points: thin(&s.points, MAX_POINTS) })
+        .collect();
+    let finite = || series.iter().flat_map(|s| &s.points).filter(|p| p.1.is_finite());
+    let fold = |f: fn(f64, f64) -> f64, pick: fn(&(f64, f64)) -> f64| finite().map(pick).reduce(f);
+    let xs = (fold(f64::min, |p| p.0), fold(f64::max, |p| p.0));
+    let ys = (fold(f64::min, |p| p.1), fold(f64::max, |p| p.1));
+    let _ = write!(html, "<figure class=\"panel\"><figcaption><b>{}</b><span class=\"legend\">", Escaped(title));
+    for s in &series {
+        let last = s.points.iter().rev().find(|p| p.1.is_finite());
+        let last = last.map_or("-".into(), |p| value(p.1, unit));
+        let label = if series.len() > 1 { s.label.as_str() } else { "" };
+        let _ = write!(html, "<span class=\"key h{}\">{} <i>{last}</i></span>", s.hue, Escaped(label));
+    }
+    html.push_str("</span></figcaption>");
+    let ((Some(x0), Some(x1)), (Some(y0), Some(y1))) = (xs, ys) else {
+        html.push_str("<p class=\"none\">no finite value</p></figure>");
+        return;
+    };
+    let y_ticks = ticks(y0, y1, 4);
+    let (y0, y1) = (y_ticks[0], y_ticks[y_ticks.len() - 1]);
+    let (x0, x1) = if x1 > x0 { (x0, x1) } else { (x0 - 0.5, x0 + 0.5) };
+    let px = |x: f64| LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT);
+    let py = |y: f64| HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
+    let _ = write!(
+        html,
+        "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\" data-frame=\"{LEFT} {RIGHT} {TOP} \
+         {BOTTOM} {x0} {x1} {y0} {y1}\" data-percent=\"{}\" data-series=\"{}\">",
+        Escaped(title),
+        u8::from(unit == Unit::Percent),
+        Escaped(&series_json(&series))
+    );
+    for &t in &y_ticks {
+        let y = py(t);
+        let _ = write!(
+            html,
+            "<path class=\"grid\" d=\"M{LEFT} {y:.1}H{:.1}\"/><text class=\"ty\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+            WIDTH - RIGHT,
+            LEFT - 6.0,
+            y + 3.5,
+            tick_label(t, y_ticks[1] - y_ticks[0], unit)
+        );
+    }
+    for t in ticks(x0, x1, 5).into_iter().filter(|t| t.fract() == 0.0 && (x0..=x1).contains(t)) {
+        let _ = write!(html, "<text class=\"tx\" x=\"{:.1}\" y=\"{:.1}\">{t}</text>", px(t), HEIGHT - 7.0);
+    }
+    for s in &series {
+        let path = |points: &[(f64, f64)]| {
+            let mut d = String::new();
+            let mut pen = 'M';
+            for &(x, y) in points {
+                if y.is_finite() {
+                    let _ = write!(d, "{pen}{:.1} {:.1}", px(x), py(y));
+                }
+                pen = if y.is_finite() { 'L' } else { 'M' };
+            }
+            d
+        };
+        let smooth = s.points.len() >= SMOOTH_FROM;
+        let raw = if smooth { " raw" } else { "" };
+        let _ = write!(html, "<path class=\"line h{}{raw}\" d=\"{}\"/>", s.hue, path(&s.points));
+        if smooth {
+            let _ = write!(html, "<path class=\"line h{}\" d=\"{}\"/>", s.hue, path(&running_mean(&s.points)));
+        } else {
+            for p in s.points.iter().filter(|p| p.1.is_finite()) {
+                let _ = write!(
+                    html,
+                    "<circle class=\"h{}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"2.2\"/>",
+                    s.hue,
+                    px(p.0),
+                    py(p.1)
+                );
+            }
+        }
+    }
+    html.push_str("</svg></figure>");
+}
+
+/// `[[label, hue, [[x, y], ...]], ...]`, for the page's tooltip.
+fn series_json(series: &[Series]) -> String {
+    let all: Vec<serde_json::Value> = series
+        .iter()
+        .map(|s| {
+            let points: Vec<[f64; 2]> =
+                s.points.iter().filter(|p| p.1.is_finite()).map(|&(x, y)| [x, round_to(y, 5)]).collect();
+            serde_json::json!([s.label, s.hue, points])
+        })
+        .collect();
+    serde_json::Value::from(all).to_string()
+}
+
+fn round_to(y: f64, digits: i32) -> f64 {
+    if y == 0.0 {
+        return y;
+    }
+    let scale = 10f64.powi(digits - 1 - y.abs().log10().floor() as i32);
+    let r = (y * scale).round() / scale;
+    if r.is_finite() { r } else { y }
+}
+
+/// Averages neighbours until at most `max` points are left.
+fn thin(points: &[(f64, f64)], max: usize) -> Vec<(f64, f64)> {
+    let per = points.len().div_ceil(max).max(1);
+    let mean = |c: &[(f64, f64)]| {
+        let n = c.len() as f64;
+        (c[c.len() - 1].0, c.iter().map(|p| p.1).sum::<f64>() / n)
+    };
+    if per == 1 { points.to_vec() } else { points.chunks(per).map(mean).collect() }
+}
+
+/// An exponential mean over about a twentieth of the run, corrected for its start; skips what is not finite.
+fn running_mean(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let keep = 1.0 - 2.0 / (points.len() as f64 / 20.0 + 2.0);
+    let (mut sum, mut weight) = (0.0, 0.0);
+    let mut out = Vec::with_capacity(points.len());
+    for &(x, y) in points.iter().filter(|p| p.1.is_finite()) {
+        sum = sum * keep + y;
+        weight = weight * keep + 1.0;
+        out.push((x, sum / weight));
+    }
+    out
+}
+
+/// About `n` round values that cover `[low, high]`: steps of 1, 2 or 5 times a power of ten. At least two.
+fn ticks(low: f64, high: f64, n: usize) -> Vec<f64> {
+    let size = low.abs().max(high.abs());
+    // A constant still needs a scale: one that starts at 0 where that is near.
+    let (low, high) = match high - low > size * 1e-9 {
+        true => (low, high),
+        false if size == 0.0 => (0.0, 1.0),
+        false => (low - size * 0.5, high + size * 0.5),
+    };
+    let raw = (high - low) / n as f64;
+    let magnitude = 10f64.powf(raw.log10().floor());
+    let step = [1.0, 2.0, 5.0, 10.0].into_iter().find(|m| m * magnitude >= raw * 0.999).unwrap_or(10.0) * magnitude;
+    let first = (low / step + 1e-9).floor() as i64;
+    let last = ((high / step - 1e-9).ceil() as i64).max(first + 1);
+    (first..=last).map(|i| i as f64 * step).collect()
+}
+
+fn tick_label(t: f64, step: f64, unit: Unit) -> String {
+    let (t, step, sign) = if unit == Unit::Percent { (t * 100.0, step * 100.0, "%") } else { (t, step, "") };
+    let decimals = (-step.log10().floor()).clamp(0.0, 12.0) as usize;
+    match t.abs() {
+        _ if decimals > 4 && t.abs() < step / 2.0 => format!("0{sign}"),
+        a if decimals > 4 || a >= 1e6 => format!("{t:.0e}{sign}"),
+        a if a >= 1e4 => format!("{}k{sign}", round_to(t / 1e3, 3)),
+        _ => format!("{t:.decimals$}{sign}"),
+    }
+}
+
+/// A figure as it reads beside a label.
+fn value(v: f64, unit: Unit) -> String {
+    match v.abs() {
+        _ if unit == Unit::Percent => format!("{:.1}%", v * 100.0),
+        a if a != 0.0 && !(1e-3..1e6).contains(&a) => format!("{v:.2e}"),
+        a if a >= 100.0 => format!("{v:.0}"),
+        _ => format!("{}", round_to(v, 3)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn record(step: u64, values: &[(&str, f64)]) -> Record {
+        Record { step, wall_s: 0.0, values: values.iter().map(|(k, v)| (k.to_string(), *v)).collect() }
+    }
+
+    #[test]
+    fn draws_known_figures_together_and_others_alone() {
+        let r = [record(0, &[("eval/f1", 0.3), ("eval/em", 0.2), ("<mine>", 1.0)]), record(9, &[("eval/f1", 0.6)])];
+        let html = charts(&r);
+        assert_eq!(html.matches("<figure").count(), 2);
+        assert!(html.contains("F1 <i>60.0%</i>") && html.contains("&lt;mine&gt;") && !html.contains("<mine>"));
+    }
+
+    #[test]
+    fn a_gap_where_there_is_no_number() {
+        let r: Vec<Record> =
+            [1.0, 2.0, f64::NAN, 3.0].iter().enumerate().map(|(i, &v)| record(i as u64, &[("loss", v)])).collect();
+        let html = charts(&r);
+        let d = html.split("class=\"line h7\" d=\"").nth(1).unwrap().split('"').next().unwrap();
+        assert_eq!((d.matches('M').count(), d.matches('L').count()), (2, 1));
+        for v in [f64::NAN, -1.7e308] {
+            assert!(charts(&[record(0, &[("loss", v)])]).contains("no finite value"));
+        }
+    }
+
+    #[test]
+    fn ticks_by_hand() {
+        assert_eq!(ticks(0.0, 1.0, 4), [0.0, 0.5, 1.0]);
+        assert_eq!(ticks(3.0, 97.0, 4), [0.0, 50.0, 100.0]);
+        assert_eq!(ticks(0.0, 0.0, 4)[0], 0.0);
+    }
+
+    proptest! {
+        #[test]
+        fn ticks_cover_what_they_are_given(a in -1e12..1e12f64, width in prop_oneof![Just(0.0), 1e-9..1e9f64]) {
+            let t = ticks(a, a + width, 4);
+            prop_assert!((2..=12).contains(&t.len()), "{:?}", t);
+            let slack = (t[1] - t[0]) * 1e-3;
+            prop_assert!(t[0] <= a + slack && t[t.len() - 1] >= a + width - slack, "{:?}", t);
+        }
+
+        #[test]
+        fn any_numbers_draw(values in proptest::collection::vec(proptest::num::f64::ANY, 0..80)) {
+            let r: Vec<Record> = values.iter().enumerate().map(|(i, &v)| record(i as u64, &[("loss", v)])).collect();
+            let html = charts(&r);
+            prop_assert!(!html.contains("NaN") && !html.contains("inf,"));
+        }
+    }
+}

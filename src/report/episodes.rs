@@ -1,0 +1,395 @@
+use super::escape::{Escaped, base64, cut};
+use super::view::{EpisodeView, ImageRef, Phase, StepView, TokenView};
+use super::{Limits, TrajectoryFile, TrajectoryStore};
+use crate::{Error, Result};
+use image::{ImageEncoder, ImageReader, codecs::jpeg::JpegEncoder, imageops::FilterType};
+use std::collections::HashMap;
+use std::fmt::Write;
+
+/// The images of a page: each embedded once, scaled down, until the bytes allowed are spent.
+pub(super) struct Images<'a> {
+    store: &'a TrajectoryStore,
+    limits: &'a Limits,
+    index: HashMap<ImageRef, Option<Embedded>>,
+    uris: Vec<String>,
+    bytes: usize,
+}
+
+#[derive(Clone, Copy)]
+struct Embedded {
+    index: usize,
+    width: u32,
+    height: u32,
+}
+
+impl<'a> Images<'a> {
+    pub(super) fn new(store: &'a TrajectoryStore, limits: &'a Limits) -> Self {
+        Images { store, limits, index: HashMap::new(), uris: Vec::new(), bytes: 0 }
+    }
+
+    /// The data URIs as a JSON array, to stand inside a `<script>` element.
+    pub(super) fn json(&self) -> String {
+        // Data URIs hold neither quotes nor `<`.
+        format!("[{}]", self.uris.iter().map(|u| format!("\"{u}\"")).collect::<Vec<_>>().join(",\n"))
+    }
+
+    /// An `<img>` that fits into `max_w` by `max_h`; the page's script fills it in.
+    fn tag(&mut self, name: &ImageRef, alt: &str, max_w: f64, max_h: f64) -> String {
+        let embedded = match self.index.get(name) {
+            Some(e) => *e,
+            None => {
+                let e = self.embed(name);
+                self.index.insert(name.clone(), e);
+                e
+            }
+        };
+        match embedded {
+            Some(e) => {
+                let fit = (max_w / f64::from(e.width)).min(max_h / f64::from(e.height));
+                // Small images are shown larger, in whole pixels.
+                let zoom = if fit >= 2.0 { fit.floor().min(4.0) } else { fit.min(1.0) };
+                let class = if zoom > 1.0 { " class=\"tiny\"" } else { "" };
+                let (w, h) = (f64::from(e.width) * zoom, f64::from(e.height) * zoom);
+                format!("<img data-i=\"{}\" width=\"{w:.0}\" height=\"{h:.0}\" alt=\"{alt}\"{class}>", e.index)
+            }
+            None => "<span class=\"cut\">image left out</span>".into(),
+        }
+    }
+
+    /// None when the image is missing, broken, or past what the page may hold.
+    fn embed(&mut self, name: &ImageRef) -> Option<Embedded> {
+        let path = self.store.image_path(name)?;
+        let png = std::fs::read(&path).ok()?;
+        let image = ImageReader::new(std::io::Cursor::new(&png)).with_guessed_format().ok()?.decode().ok()?;
+        let side = self.limits.image_side;
+        let (bytes, mime, width, height) = if image.width().max(image.height()) <= side && png.len() < 32 << 10 {
+            (png, "png", image.width(), image.height())
+        } else {
+            let small = match image.width().max(image.height()) > side {
+                true => image.resize(side, side, FilterType::Triangle),
+                false => image,
+            }
+            .to_rgb8();
+            let mut out = Vec::new();
+            JpegEncoder::new_with_quality(&mut out, 84)
+                .write_image(&small, small.width(), small.height(), image::ExtendedColorType::Rgb8)
+                .ok()?;
+            (out, "jpeg", small.width(), small.height())
+        };
+        let uri = format!("data:image/{mime};base64,{}", base64(&bytes));
+        if self.bytes + uri.len() > self.limits.image_bytes {
+            return None;
+        }
+        self.bytes += uri.len();
+        self.uris.push(uri);
+        Some(Embedded { index: self.uris.len() - 1, width, height })
+    }
+}
+
+/// Which files to show, and how many episodes of each: the first and the last step of each phase and some between.
+pub(super) fn choose(files: &[TrajectoryFile], limits: &Limits) -> Vec<(TrajectoryFile, usize)> {
+    let mut out = Vec::new();
+    for phase in [Phase::Eval, Phase::Train] {
+        let of: Vec<&TrajectoryFile> = files.iter().filter(|f| f.phase == phase).collect();
+        let n = of.len().min(limits.steps);
+        let each = limits.episodes / n.max(1);
+        for i in 0..n {
+            let at = if n == 1 { of.len() - 1 } else { i * (of.len() - 1) / (n - 1) };
+            out.push((of[at].clone(), each.max(1)));
+        }
+    }
+    out
+}
+
+/// The episodes of one file: a section with a card for each group.
+pub(super) fn bucket(
+    html: &mut String,
+    id: usize,
+    file: &TrajectoryFile,
+    all: &[EpisodeView],
+    images: &mut Images<'_>,
+    limits: &Limits,
+) {
+    let phase = match file.phase {
+        Phase::Eval => "Held-out",
+        Phase::Train => "Training",
+    };
+    let _ = write!(
+        html,
+        "<section class=\"bucket\" id=\"b{id}\" data-phase=\"{phase}\" data-step=\"{0}\"><h3>{phase} episodes after step {0}\
+         </h3>",
+        file.step
+    );
+    let mut rest = all;
+    while let Some(first) = rest.first() {
+        let n = rest.iter().take_while(|e| e.group == first.group && e.question == first.question).count();
+        let (group, more) = rest.split_at(n);
+        rest = more;
+        html.push_str("<article class=\"group\"><div class=\"ask\">");
+        if let Some(image) = first.steps.iter().find_map(|s| s.image_before.as_ref().or(s.image_after.as_ref())) {
+            html.push_str(&images.tag(image, "the image of the question", 120.0, 90.0));
+        }
+        let (question, _) = cut(&first.question, 1000);
+        let _ = write!(
+            html,
+            "<div><div class=\"q\">{}</div><div class=\"meta\">right: <b>{}</b>",
+            Escaped(question),
+            Escaped(&first.answers.join(" | "))
+        );
+        for (what, text) in [("image", &first.kind), ("item", &first.item)] {
+            if !text.is_empty() {
+                let _ = write!(html, " · {what}: {}", Escaped(text));
+            }
+        }
+        html.push_str("</div></div></div>");
+        let top = group.iter().map(|e| e.reward.abs()).fold(1.0, f64::max);
+        // One episode is open, to be looked at without a click: the best of the first group.
+        let best = group.iter().rev().max_by(|a, b| a.reward.total_cmp(&b.reward));
+        for e in group {
+            let open = e.group == all[0].group && best.is_some_and(|b| std::ptr::eq(b, e));
+            episode(html, e, open, top, images, limits);
+        }
+        html.push_str("</article>");
+    }
+    html.push_str("</section>");
+}
+
+fn episode(html: &mut String, e: &EpisodeView, open: bool, top: f64, images: &mut Images<'_>, limits: &Limits) {
+    let (class, verdict) = match (e.em >= 1.0, e.f1, &e.prediction) {
+        (true, ..) => ("good", "right".to_string()),
+        (_, f1, Some(_)) if f1 > 0.0 => ("mid", format!("F1 {f1:.2}")),
+        (.., Some(_)) => ("bad", "wrong".to_string()),
+        (.., None) => ("plain", e.finish.clone()),
+    };
+    let prediction = e.prediction.as_deref().unwrap_or("no answer");
+    let calls = e.steps.iter().filter(|s| s.tool_status.is_some() || s.tool_output.is_some()).count();
+    let tokens: usize = e.steps.iter().map(|s| s.tokens.len()).sum();
+    let _ = write!(
+        html,
+        "<details class=\"episode\"{}><summary><span class=\"num\">{}</span><span class=\"chip {class}\">{}</span>\
+         <span class=\"pred\">{}</span>{}{}<span class=\"calls\">{calls} call{}",
+        if open { " open" } else { "" },
+        e.sample + 1,
+        Escaped(cut(&verdict, 24).0),
+        Escaped(cut(prediction, 300).0),
+        reward_bar(e.reward, top),
+        advantage_bar(e.advantage),
+        if calls == 1 { "" } else { "s" },
+    );
+    if tokens > 0 {
+        let _ = write!(html, ", {tokens} tokens");
+    }
+    html.push_str("</span></summary><div class=\"body\"><div class=\"parts\">reward <b>");
+    let _ = write!(html, "{}</b>", short(e.reward));
+    for (i, p) in e.reward_parts.iter().enumerate() {
+        let _ = write!(
+            html,
+            "{}{} <b>{}</b>",
+            if i == 0 { " = " } else { " + " },
+            Escaped(cut(&p.name, 60).0),
+            short(p.value)
+        );
+    }
+    let _ = write!(
+        html,
+        " · F1 <b>{}</b> · exact match <b>{}</b> · ended: {}",
+        short(e.f1),
+        short(e.em),
+        Escaped(cut(&e.finish, 200).0)
+    );
+    html.push_str("</div>");
+    for step in &e.steps {
+        turn(html, step, images, limits);
+    }
+    html.push_str("</div></details>");
+}
+
+fn turn(html: &mut String, s: &StepView, images: &mut Images<'_>, limits: &Limits) {
+    let who = match s.who.as_str() {
+        w @ ("system" | "user" | "assistant" | "tool") => w,
+        _ => "other",
+    };
+    let _ = write!(html, "<div class=\"turn {who}\"><div class=\"who\">{}</div>", Escaped(cut(&s.who, 40).0));
+    let left = spoken(html, s, limits.text_chars);
+    if left > 0 {
+        let _ = write!(html, "<div class=\"cut\">{left} more characters in trajectories/</div>");
+    }
+    if s.tool_output.is_some() || s.tool_status.is_some() {
+        let status = s.tool_status.as_deref().unwrap_or("");
+        let bad = if status.is_empty() || status == "ok" { "" } else { " bad" };
+        let (output, left) = cut(s.tool_output.as_deref().unwrap_or(""), limits.text_chars);
+        html.push_str("<div class=\"who\">tool");
+        if !status.is_empty() {
+            let _ = write!(html, ": {}", Escaped(cut(status, 80).0));
+        }
+        if let Some(ms) = s.tool_ms {
+            let _ = write!(html, ", {ms:.1} ms");
+        }
+        html.push_str("</div>");
+        if !output.is_empty() {
+            let _ = write!(html, "<pre class=\"out{bad}\">{}</pre>", Escaped(output));
+        }
+        if left > 0 {
+            let _ = write!(html, "<div class=\"cut\">{left} more characters in trajectories/</div>");
+        }
+    }
+    match (&s.image_before, &s.image_after) {
+        (Some(a), Some(b)) => {
+            let same = if a == b { " (unchanged)" } else { "" };
+            let _ = write!(
+                html,
+                "<div class=\"change\"><figure>{}<figcaption>before</figcaption></figure><span class=\"arrow\">→</span>\
+                 <figure>{}<figcaption>after{same}</figcaption></figure></div>",
+                images.tag(a, "before the step", 340.0, 280.0),
+                images.tag(b, "after the step", 340.0, 280.0)
+            );
+        }
+        (Some(a), None) | (None, Some(a)) => {
+            let _ = write!(
+                html,
+                "<div class=\"change\"><figure>{}</figure></div>",
+                images.tag(a, "image of this step", 340.0, 280.0)
+            );
+        }
+        (None, None) => {}
+    }
+    html.push_str("</div>");
+}
+
+/// What was said: the sampled tokens where they are known, coloured by their log-probabilities, with the program that
+/// was run set apart. Returns the number of characters left out.
+fn spoken(html: &mut String, s: &StepView, max: usize) -> usize {
+    let joined: String = s.tokens.iter().map(|t| t.text.as_str()).collect();
+    let whole = if s.tokens.is_empty() { s.text.as_str() } else { joined.as_str() };
+    let (text, left) = cut(whole, max);
+    let code = s.code.as_deref().filter(|c| !c.is_empty());
+    let span = code.and_then(|c| text.find(c).map(|at| (at, at + c.len())));
+    if !text.is_empty() {
+        html.push_str("<pre>");
+        let mut at = 0;
+        let tokens = s.tokens.iter().map(|t| (t.text.len(), Some(t)));
+        let one = [(text.len(), None)];
+        let pieces: &mut dyn Iterator<Item = (usize, Option<&TokenView>)> =
+            if s.tokens.is_empty() { &mut one.into_iter() } else { &mut tokens.into_iter() };
+        for (len, token) in pieces {
+            let end = (at + len).min(text.len());
+            // A token may straddle the program's ends.
+            let mut cuts = vec![at];
+            cuts.extend(span.iter().flat_map(|&(a, b)| [a, b]).filter(|c| (at + 1..end).contains(c)));
+            cuts.push(end);
+            for w in cuts.windows(2).filter(|w| w[0] < w[1]) {
+                if span.is_some_and(|(a, _)| a == w[0]) {
+                    html.push_str("<code>");
+                }
+                piece(html, &text[w[0]..w[1]], token);
+                if span.is_some_and(|(_, b)| b == w[1]) {
+                    html.push_str("</code>");
+                }
+            }
+            at = end;
+        }
+        html.push_str("</pre>");
+    }
+    if let (Some(code), None) = (code, span) {
+        let (code, _) = cut(code, max);
+        let _ = write!(html, "<pre><code>{}</code></pre>", Escaped(code));
+    }
+    left
+}
+
+fn piece(html: &mut String, text: &str, token: Option<&TokenView>) {
+    let _ = match token.map(|t| (surprise(t.logp), t.logp)) {
+        Some((level @ 1.., logp)) => {
+            write!(html, "<span class=\"t{level}\" title=\"log p {logp:.2}\">{}</span>", Escaped(text))
+        }
+        _ => write!(html, "{}", Escaped(text)),
+    };
+}
+
+/// 0 for a token of probability over 0.8, then 1 to 4 by ever rarer ones (0.5, 0.2, 0.05). NaN counts as the rarest.
+fn surprise(logp: f32) -> usize {
+    let p = logp.exp();
+    4 - [0.8, 0.5, 0.2, 0.05].iter().filter(|&&t| p > t).count()
+}
+
+fn reward_bar(reward: f64, top: f64) -> String {
+    let width = (reward / top).clamp(0.0, 1.0) * 56.0;
+    format!(
+        "<span class=\"bar\"><svg viewBox=\"0 0 56 8\"><rect class=\"track\" width=\"56\" height=\"8\" rx=\"2\"/><rect \
+         class=\"fill\" width=\"{:.1}\" height=\"8\" rx=\"2\"/></svg>reward <b>{}</b></span>",
+        if width.is_finite() { width } else { 0.0 },
+        short(reward)
+    )
+}
+
+fn advantage_bar(advantage: Option<f64>) -> String {
+    let Some(a) = advantage else { return "<span></span>".into() };
+    let width = (a.abs() / 3.0).clamp(0.0, 1.0) * 28.0;
+    let width = if width.is_finite() { width } else { 0.0 };
+    let (class, x) = if a >= 0.0 { ("up", 28.0) } else { ("down", 28.0 - width) };
+    format!(
+        "<span class=\"bar\"><svg viewBox=\"0 0 56 8\"><rect class=\"track\" width=\"56\" height=\"8\" rx=\"2\"/><rect \
+         class=\"{class}\" x=\"{x:.1}\" width=\"{width:.1}\" height=\"8\"/></svg>advantage <b>{a:+.2}</b></span>"
+    )
+}
+
+/// Up to two decimals, none where they are zeros.
+fn short(v: f64) -> String {
+    let s = format!("{v:.2}");
+    s.strip_suffix(".00").or(s.strip_suffix('0')).unwrap_or(&s).to_string()
+}
+
+/// Reads the chosen episodes and renders them; also gives the images for the page.
+///
+/// # Errors
+/// What reading the trajectories gives.
+pub(super) fn episodes(store: &TrajectoryStore, limits: &Limits) -> Result<(String, String, usize), Error> {
+    let mut images = Images::new(store, limits);
+    let mut html = String::new();
+    let mut shown = 0;
+    for (i, (file, max)) in choose(&store.files()?, limits).into_iter().enumerate() {
+        let all = store.read(&file, max)?;
+        shown += all.len();
+        bucket(&mut html, i, &file, &all, &mut images, limits);
+    }
+    Ok((html, images.json(), shown))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(tokens: &[&str], code: &str) -> StepView {
+        let tokens = tokens.iter().map(|t| TokenView { text: t.to_string(), logp: -0.01 }).collect();
+        StepView { who: "assistant".into(), tokens, code: Some(code.into()), ..Default::default() }
+    }
+
+    #[test]
+    fn code_is_set_apart_across_token_borders() {
+        let mut html = String::new();
+        assert_eq!(spoken(&mut html, &step(&["ab", "cd", "ef"], "bcde"), 100), 0);
+        assert_eq!(html, "<pre>a<code>bcde</code>f</pre>");
+        html.clear();
+        assert_eq!(spoken(&mut html, &step(&["ab", "cd"], "xyz"), 3), 1);
+        assert_eq!(html, "<pre>abc</pre><pre><code>xyz</code></pre>");
+    }
+
+    #[test]
+    fn rare_tokens_are_coloured() {
+        assert_eq!([0.9f32, 0.7, 0.3, 0.1, 0.01].map(|p| surprise(p.ln())), [0, 1, 2, 3, 4]);
+        assert_eq!(surprise(f32::NAN), 4);
+    }
+
+    #[test]
+    fn first_and_last_steps_are_chosen() {
+        let file = |phase, step| TrajectoryFile { phase, step, path: format!("{step}").into() };
+        let mut files: Vec<_> = (1..=100).map(|s| file(Phase::Train, s)).collect();
+        files.push(file(Phase::Eval, 7));
+        let limits = Limits { steps: 5, episodes: 50, ..Limits::default() };
+        let got: Vec<_> = choose(&files, &limits).iter().map(|(f, n)| (f.phase, f.step, *n)).collect();
+        assert_eq!(got[0], (Phase::Eval, 7, 50));
+        assert_eq!(got[1..].iter().map(|g| g.1).collect::<Vec<_>>(), [1, 25, 50, 75, 100]);
+        assert!(got[1..].iter().all(|g| g.2 == 10));
+        assert!(choose(&[], &limits).is_empty());
+    }
+}

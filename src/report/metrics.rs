@@ -1,0 +1,163 @@
+use super::EventWriter;
+use crate::{Error, Result};
+use serde_json::{Map, Value};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// One line of `metrics.jsonl`. Several lines may carry one step (training and evaluation).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Record {
+    /// Completed optimizer steps when it was written.
+    pub step: u64,
+    /// Seconds the run has been going, over all its sessions.
+    pub wall_s: f64,
+    /// Named figures, in the order in which they were logged. A figure that was not finite reads as NaN.
+    pub values: Vec<(String, f64)>,
+}
+
+/// The metrics of a run: appended to `metrics.jsonl` line by line, and to TensorBoard events if wanted.
+///
+/// A line is one write, so a killed run loses at most the line it was writing.
+pub struct MetricsLog {
+    file: File,
+    path: PathBuf,
+    tensorboard: Option<EventWriter>,
+    started: Instant,
+    wall_before: f64,
+}
+
+impl MetricsLog {
+    /// Opens the log of the run in `run_dir` (made if missing) after its step `step`: lines of later steps, written by a
+    /// session that was lost after its last checkpoint, are cut, as is an unfinished last line. 0 keeps what was
+    /// logged before the first step. A new run starts with an empty log.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when a file cannot be read or written.
+    pub fn open(run_dir: &Path, step: u64, tensorboard: bool) -> Result<MetricsLog> {
+        std::fs::create_dir_all(run_dir).map_err(|e| Error::io("create the run's folder", run_dir, e))?;
+        let path = run_dir.join("metrics.jsonl");
+        let kept: Vec<Record> = read_metrics(run_dir)?.into_iter().filter(|r| r.step <= step).collect();
+        let text: String = kept.iter().map(line).collect();
+        let tmp = run_dir.join(".metrics.jsonl.tmp");
+        std::fs::write(&tmp, text).map_err(|e| Error::io("write", &tmp, e))?;
+        std::fs::rename(&tmp, &path).map_err(|e| Error::io("replace", &path, e))?;
+        let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::io("open", &path, e))?;
+        let tensorboard = match tensorboard {
+            true => Some(EventWriter::create(&run_dir.join("tensorboard"), step)?),
+            false => None,
+        };
+        let wall_before = kept.last().map_or(0.0, |r| r.wall_s);
+        Ok(MetricsLog { file, path, tensorboard, started: Instant::now(), wall_before })
+    }
+
+    /// Seconds the run has been going, over all its sessions.
+    pub fn wall_s(&self) -> f64 {
+        self.wall_before + self.started.elapsed().as_secs_f64()
+    }
+
+    /// Appends one line. Names follow TensorBoard's habit, `group/figure`; [`super::write`] draws those that it knows
+    /// together and every other one alone.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when a file cannot be written.
+    pub fn log(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
+        let values_owned = values.iter().map(|(k, v)| (k.to_string(), *v)).collect();
+        let text = line(&Record { step, wall_s: self.wall_s(), values: values_owned });
+        self.file.write_all(text.as_bytes()).map_err(|e| Error::io("append to", &self.path, e))?;
+        match &mut self.tensorboard {
+            Some(t) => t.scalars(step, values),
+            None => Ok(()),
+        }
+    }
+}
+
+fn line(r: &Record) -> String {
+    let mut m = Map::new();
+    m.insert("step".into(), r.step.into());
+    m.insert("wall_s".into(), ((r.wall_s * 1e3).round() / 1e3).into());
+    for (k, v) in &r.values {
+        m.insert(k.clone(), (*v).into()); // not finite becomes null
+    }
+    format!("{}\n", Value::Object(m))
+}
+
+/// The lines of `run_dir/metrics.jsonl`, in file order; none when there is no such file. An unfinished last line is
+/// left out.
+///
+/// # Errors
+/// [`Error::Io`] when the file cannot be read, [`Error::Input`] when a finished line is not one of ours.
+pub fn read_metrics(run_dir: &Path) -> Result<Vec<Record>> {
+    let path = run_dir.join("metrics.jsonl");
+    let mut bytes = Vec::new();
+    match File::open(&path) {
+        Ok(mut f) => f.read_to_end(&mut bytes).map_err(|e| Error::io("read", &path, e))?,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("open", &path, e)),
+    };
+    let whole = bytes.iter().rposition(|&b| b == b'\n').map_or(0, |i| i + 1);
+    let mut out = Vec::new();
+    for (n, text) in bytes[..whole].split(|&b| b == b'\n').enumerate().filter(|(_, t)| !t.is_empty()) {
+        let bad = |what: String| {
+            Error::input(
+                format!("{}, line {}: {what}", path.display(), n + 1),
+                "delete that line, or the file if the curves don't matter",
+            )
+        };
+        let object: Map<String, Value> = serde_json::from_slice(text).map_err(|e| bad(e.to_string()))?;
+        let step = object.get("step").and_then(Value::as_u64).ok_or_else(|| bad("no `step`".into()))?;
+        let wall_s = object.get("wall_s").and_then(Value::as_f64).unwrap_or(0.0);
+        let values = object.into_iter().filter(|(k, _)| k != "step" && k != "wall_s");
+        let values = values.map(|(k, v)| (k, v.as_f64().unwrap_or(f64::NAN))).collect();
+        out.push(Record { step, wall_s, values });
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn steps(dir: &Path) -> Vec<u64> {
+        read_metrics(dir).unwrap().iter().map(|r| r.step).collect()
+    }
+
+    #[test]
+    fn appends_and_reads_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = MetricsLog::open(dir.path(), 0, true).unwrap();
+        log.log(1, &[("reward", 0.5), ("kl", f64::INFINITY)]).unwrap();
+        log.log(2, &[("reward", 0.1 + 0.2)]).unwrap();
+        let got = read_metrics(dir.path()).unwrap();
+        assert_eq!(got.len(), 2);
+        assert!(got[0].values[1].1.is_nan());
+        assert_eq!(got[1].values, [("reward".to_string(), 0.1 + 0.2)]); // to the bit
+        assert_eq!(std::fs::read_dir(dir.path().join("tensorboard")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn resume_cuts_later_steps_and_a_torn_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = MetricsLog::open(dir.path(), 0, false).unwrap();
+        for step in 0..=5 {
+            log.log(step, &[("reward", step as f64)]).unwrap();
+        }
+        log.file.write_all(b"{\"step\":6,\"rew").unwrap();
+        drop(log);
+        assert_eq!(steps(dir.path()), [0, 1, 2, 3, 4, 5]);
+        let before = read_metrics(dir.path()).unwrap()[3].wall_s;
+        let mut log = MetricsLog::open(dir.path(), 3, false).unwrap();
+        assert!(log.wall_s() >= before);
+        log.log(4, &[("reward", 9.0)]).unwrap();
+        assert_eq!(steps(dir.path()), [0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_spoilt_line_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("metrics.jsonl"), "{\"step\":1}\n{\"stop\":2}\n").unwrap();
+        let e = read_metrics(dir.path()).unwrap_err().to_string();
+        assert!(e.contains("metrics.jsonl, line 2"), "{e}");
+    }
+}
