@@ -5,13 +5,22 @@
 //!
 //! - [`Tokenizer`], [`Detokenizer`]: `tokenizer.json`, ids both ways, bytes of a token.
 //! - [`Message`], [`ChatTemplate`], [`build_prompt`], [`continue_prompt`]: conversations in Hugging Face's format.
-//! - [`ImageProcessor`], [`Preprocessor`]: decoding, `smart_resize`, antialiased bicubic, in parallel and cached.
+//! - [`decode_picture`], [`ImageProcessor`], [`resize_bicubic`]: files to upright RGB to the size the model sees.
+//! - [`Preprocessor`]: the same on threads of its own, cached by content.
 //! - [`Prompt`], [`ImageSpan`], [`Image`]: the result.
 
 mod chat;
+mod decode;
+mod preprocessor;
+mod processor;
 mod prompt;
+mod resize;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Content, ImageUrl, Message, Part, build_prompt, continue_prompt};
+pub use decode::{Picture, PictureLimits, decode_picture};
+pub use preprocessor::{ImageHandle, ImageSource, Preprocessor, PreprocessorStats};
+pub use processor::ImageProcessor;
 pub use prompt::{Grid, Image, ImageHash, ImageSpan, MERGE, Prompt};
+pub use resize::{ResizeOrder, resize_bicubic};
 pub use tokenizer::{Detokenizer, SpecialIds, Tokenizer};

@@ -78,7 +78,7 @@ impl Image {
         original: (usize, usize),
     ) -> Result<Self> {
         let factor = patch * MERGE;
-        if factor == 0 || height == 0 || width == 0 || height % factor != 0 || width % factor != 0 {
+        if height == 0 || width == 0 || !height.is_multiple_of(factor) || !width.is_multiple_of(factor) {
             return Err(Error::input(
                 format!("an image of {width}x{height} pixels does not divide into squares of {factor} pixels"),
                 "resize it with ImageProcessor, which picks a size that does",
