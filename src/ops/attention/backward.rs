@@ -8,10 +8,14 @@
 
 use super::KV_CUT;
 use super::kernels::{Exponent, Product};
-use super::tiles::{Call, Cut, PAGES, Source, Tile, transpose, with_scratch};
+use super::tiles::{Call, Cut, PAGES, Source, Tile, with_scratch};
 use crate::device::{Pool, SendPtr};
 use crate::ops::kv_cache::BLOCK;
+use crate::ops::linear::transpose::transpose;
 use std::collections::HashMap;
+
+/// The most floats that partial results take (256 MiB).
+const PARTIAL: usize = 1 << 26;
 
 /// The call, and where its operands are.
 pub(super) struct Backward<'a> {
@@ -127,13 +131,14 @@ impl Backward<'_> {
         let items = groups.members.len() * h.hkv;
         let balanced =
             items >= 2 * pool.threads() || (groups.members.len() == 1 && items.is_multiple_of(pool.threads()));
+        let rows = segments.iter().map(|s| s.q_row + s.q_len).max().unwrap_or(0);
+        let width = h.hq() * h.hd;
         let abreast = if balanced || groups.tangled {
             1
         } else {
-            (2 * pool.threads()).div_ceil(items.max(1)).clamp(1, cuts.max(1))
+            let wanted = (2 * pool.threads()).div_ceil(items.max(1));
+            wanted.min(cuts).min(1 + PARTIAL / (rows * width).max(1)).max(1)
         };
-        let rows = segments.iter().map(|s| s.q_row + s.q_len).max().unwrap_or(0);
-        let width = h.hq() * h.hd;
         let mut partial = vec![0f32; (abreast - 1) * rows * width];
         let partial = SendPtr(partial.as_mut_ptr());
         for wave in (0..cuts).step_by(abreast) {
@@ -277,12 +282,12 @@ impl Backward<'_> {
             }
             let exponent = Exponent::new(h.scale);
             let padded = (limits[rows - 1] as usize).next_multiple_of(BLOCK);
-            for r in start(0)..rows {
+            for (r, &limit) in limits.iter().enumerate().skip(start(0)) {
                 let (row, head) = t.place(h, seg, r);
                 let delta = (kernels.dot)(s.dout.add(r * h.padded), s.dq.add(r * h.padded), h.padded);
                 let lse = *self.lse.add(row * hq + head);
                 let (p, ds) = (s.p.add(r * KV_CUT), s.ds.add(r * KV_CUT));
-                (kernels.softmax_backward)(p, ds, limits[r] as usize, padded, exponent, lse, delta, h.scale);
+                (kernels.softmax_backward)(p, ds, limit as usize, padded, exponent, lse, delta, h.scale);
             }
             for page in 0..live {
                 let r = start(page);

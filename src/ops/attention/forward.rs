@@ -181,11 +181,11 @@ impl Forward<'_> {
                 });
             }
             let first = limits.partition_point(|&l| l == 0);
-            let widest = (limits[rows - 1] as usize).next_multiple_of(super::simd::LANES);
+            let widest = (limits[rows - 1] as usize).next_multiple_of(super::vector::LANES);
             let exponent = Exponent::new(h.scale);
-            for r in first..rows {
-                let valid = limits[r] as usize;
-                let (max, sum) = (kernels.softmax_cut)(scores.add(r * KV_CUT), valid, widest, exponent);
+            for (r, &valid) in limits.iter().enumerate().skip(first) {
+                let row = scores.add(r * KV_CUT);
+                let (max, sum) = (kernels.softmax_cut)(row, valid as usize, widest, exponent);
                 *to.max.add(r) = max;
                 *to.sum.add(r) = sum;
             }

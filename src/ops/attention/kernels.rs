@@ -4,7 +4,7 @@
 //! rows are padded to whole vectors. The functions here are compiled once for each instruction set and reached through
 //! a table, so that the code above is written once.
 
-use super::simd::{LANES, Portable, Simd, exp2};
+use super::vector::{LANES, Portable, Simd, exp2};
 use std::sync::OnceLock;
 
 /// `C (+)= A B`, with A read by broadcast and B and C in vectors of columns.
@@ -307,7 +307,7 @@ pub(super) fn available() -> &'static [&'static Kernels] {
         let mut t: Vec<&'static Kernels> = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            use super::simd::{Avx2, Avx512};
+            use super::vector::{Avx2, Avx512};
             if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq") {
                 t.push(table!(AVX512, Avx512, "avx512f,avx512dq,avx2,fma"));
             }

@@ -11,10 +11,10 @@
 mod backward;
 mod forward;
 mod kernels;
-mod simd;
 #[cfg(test)]
 mod tests;
 mod tiles;
+mod vector;
 
 use crate::device::{Backend, Buffer, SendPtr, Stream};
 use crate::ops::kv_cache::{BLOCK, KvLayer};

@@ -2,8 +2,9 @@
 
 use super::KV_CUT;
 use super::kernels::Kernels;
-use super::simd::LANES;
+use super::vector::LANES;
 use crate::ops::kv_cache::BLOCK;
+use crate::ops::linear::transpose::transpose;
 use std::cell::RefCell;
 
 /// Pages of a cut.
@@ -141,28 +142,6 @@ impl Source<'_> {
             }
         }
         c
-    }
-}
-
-/// `to[j * to_row + i] = from[i * from_row + j]` for `i < rows`, `j < cols`.
-///
-/// # Safety
-/// Both ranges are there.
-pub(super) unsafe fn transpose(
-    from: *const f32,
-    from_row: usize,
-    rows: usize,
-    cols: usize,
-    to: *mut f32,
-    to_row: usize,
-) {
-    for i0 in (0..rows).step_by(8) {
-        for j in 0..cols {
-            for i in i0..(i0 + 8).min(rows) {
-                // SAFETY: by contract.
-                unsafe { *to.add(j * to_row + i) = *from.add(i * from_row + j) };
-            }
-        }
     }
 }
 

@@ -15,7 +15,7 @@ mod gemm;
 mod kernel;
 #[cfg(test)]
 mod tests;
-mod transpose;
+pub(super) mod transpose;
 
 pub use kernel::PANEL;
 

@@ -4,7 +4,7 @@
 ///
 /// # Safety
 /// Both ranges are valid over those extents and do not overlap; nothing else writes them meanwhile.
-pub(super) unsafe fn transpose(
+pub(in crate::ops) unsafe fn transpose(
     from: *const f32,
     from_stride: usize,
     rows: usize,

@@ -44,8 +44,15 @@ pub(super) trait Simd {
 /// `2^0 = 1` exactly. `q` is the minimax polynomial of the relative error (4.7e-11 before rounding).
 #[inline(always)]
 pub(super) unsafe fn exp2<S: Simd>(x: S::V) -> S::V {
-    const Q: [f32; 7] =
-        [0.693_147_2, 0.240_226_51, 0.055_504_102, 0.009_618_038, 0.001_333_393_5, 0.000_154_667_56, 0.000_015_196_156];
+    const Q: [f32; 7] = [
+        std::f32::consts::LN_2,
+        0.240_226_5,
+        0.055_504_102,
+        0.009_618_038,
+        0.001_333_393_5,
+        0.000_154_667_56,
+        0.000_015_196_156,
+    ];
     // SAFETY: the caller has the instruction set.
     unsafe {
         // The clamp comes first in `max`, so that a NaN survives it.
