@@ -2,17 +2,17 @@
 //!
 //! All three are `C[rows, cols] = L R` with a sum of length `len`: `L` is copied once into groups of up to 12 rows,
 //! `[group][len][rows of the group]`; `R` comes as panels `[panel][len][16]`. A work item is a block of row groups (in
-//! the second-level cache) times one tile's width of panels; the sum is cut so that the panels' cut stays in the first
-//! level. Between cuts the exact accumulators are stored and loaded again: neither the cut nor the shape of the tiles
+//! the second-level cache) times one tile's width of panels; the sum is cut so that the panels' part stays
+//! close too. Between cuts the exact accumulators are stored and loaded again: neither the cut nor the shape of the tiles
 //! nor the thread that runs them can be seen in a result.
 
-use super::kernel::{Isa, MAX_PANELS, MAX_ROWS, PANEL, Tile};
+use super::kernel::{Finish, Isa, MAX_PANELS, MAX_ROWS, PANEL, Tile};
 use super::transpose::{gather_rows, transpose};
 use crate::device::{Pool, SendPtr};
 use std::cell::Cell;
 
-/// Steps of the sum per cut: two panels of it are the first-level cache.
-const CUT: usize = 256;
+/// Steps of the sum per cut: two panels of it, 64 KiB, stay close while the rows of a block go by.
+const CUT: usize = 512;
 /// Floats of `L` that a work item walks over for each tile's width of panels: a third of the second-level cache.
 const BLOCK: usize = 96 << 10;
 /// Row groups per block, at most.
@@ -265,35 +265,19 @@ unsafe fn block_of_tiles(
                     && let Out::Rows { y, stride, cols, bias, residual, .. } = out
                 {
                     let column = panel * PANEL;
-                    let valid = (width * PANEL).min(cols - column);
-                    for r in 0..rows {
-                        let at = (row + r) * stride + column;
-                        finish(
-                            std::slice::from_raw_parts(c.add(r * c_row), valid),
-                            y.add(at),
-                            if bias.is_null() { bias } else { bias.add(column) },
-                            if residual.is_null() { residual } else { residual.add(at) },
-                        );
-                    }
+                    let at = row * stride + column;
+                    isa.finish(&Finish {
+                        acc: c,
+                        width: width * PANEL,
+                        rows,
+                        cols: (width * PANEL).min(cols - column),
+                        y: y.add(at),
+                        stride,
+                        bias: if bias.is_null() { bias } else { bias.add(column) },
+                        residual: if residual.is_null() { residual } else { residual.add(at) },
+                    });
                 }
             }
-        }
-    }
-}
-
-/// `y = (acc + bias) + residual`, leaving out what is null.
-///
-/// # Safety
-/// The pointers hold `acc.len()` floats or are null; `residual` may be `y`.
-#[inline(always)]
-unsafe fn finish(acc: &[f32], y: *mut f32, bias: *const f32, residual: *const f32) {
-    // SAFETY: by contract.
-    unsafe {
-        match (bias.is_null(), residual.is_null()) {
-            (true, true) => std::ptr::copy_nonoverlapping(acc.as_ptr(), y, acc.len()),
-            (false, true) => (0..acc.len()).for_each(|j| *y.add(j) = acc[j] + *bias.add(j)),
-            (true, false) => (0..acc.len()).for_each(|j| *y.add(j) = acc[j] + *residual.add(j)),
-            (false, false) => (0..acc.len()).for_each(|j| *y.add(j) = (acc[j] + *bias.add(j)) + *residual.add(j)),
         }
     }
 }

@@ -9,7 +9,7 @@ pub const PANEL: usize = 16;
 /// Rows of the tallest tile of any instruction set.
 pub(super) const MAX_ROWS: usize = 12;
 /// Panels of the widest tile of any instruction set.
-pub(super) const MAX_PANELS: usize = 8;
+pub(super) const MAX_PANELS: usize = 4;
 
 /// What to compute with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,14 +70,13 @@ impl Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => match rows {
-                1 => 8,
-                2..=6 => 4,
+                1..=6 => 4,
                 _ => 2,
             },
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => match rows {
                 1 => 4,
-                2..=3 => 2,
+                2 => 2,
                 _ => 1,
             },
             Isa::Portable => 1,
@@ -99,13 +98,91 @@ impl Isa {
             Isa::Avx512 => table!(avx512:
                 (1, 1) (2, 1) (3, 1) (4, 1) (5, 1) (6, 1) (7, 1) (8, 1) (9, 1) (10, 1) (11, 1) (12, 1)
                 (1, 2) (2, 2) (3, 2) (4, 2) (5, 2) (6, 2) (7, 2) (8, 2) (9, 2) (10, 2) (11, 2) (12, 2)
-                (1, 4) (2, 4) (3, 4) (4, 4) (5, 4) (6, 4) (1, 8)),
+                (1, 4) (2, 4) (3, 4) (4, 4) (5, 4) (6, 4)),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => table!(avx2:
-                (1, 1) (2, 1) (3, 1) (4, 1) (5, 1) (6, 1) (1, 2) (2, 2) (3, 2) (1, 4)),
+                (1, 1) (2, 1) (3, 1) (4, 1) (5, 1) (6, 1) (1, 2) (2, 2) (1, 4)),
             Isa::Portable => table!(portable: (1, 1) (2, 1) (3, 1) (4, 1)),
         }
     }
+
+    /// Adds what comes after a sum, and stores it.
+    ///
+    /// # Safety
+    /// The pointers cover the extents or are null, and nothing else writes them meanwhile.
+    pub unsafe fn finish(self, f: &Finish) {
+        // SAFETY: by contract; this machine has the instruction set.
+        unsafe {
+            match self {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 | Isa::Avx2 => finish_avx2(f),
+                Isa::Portable => finish(f),
+            }
+        }
+    }
+}
+
+/// The epilogue of one tile of finished sums: `y = (acc + bias) + residual`, leaving out what is null.
+pub(super) struct Finish {
+    /// `[rows, width]`.
+    pub acc: *const f32,
+    /// A multiple of 16.
+    pub width: usize,
+    pub rows: usize,
+    /// Columns that exist in `y`: the last panel may have padded lanes.
+    pub cols: usize,
+    pub y: *mut f32,
+    /// Floats from one row of `y`, and of `residual`, to the next.
+    pub stride: usize,
+    pub bias: *const f32,
+    /// May be `y`.
+    pub residual: *const f32,
+}
+
+#[inline(always)]
+unsafe fn finish(f: &Finish) {
+    // SAFETY: the caller's.
+    unsafe {
+        match (f.bias.is_null(), f.residual.is_null()) {
+            (true, true) => finish_with::<false, false>(f),
+            (false, true) => finish_with::<true, false>(f),
+            (true, false) => finish_with::<false, true>(f),
+            (false, false) => finish_with::<true, true>(f),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn finish_with<const BIAS: bool, const RESIDUAL: bool>(f: &Finish) {
+    let add = |acc: f32, j: usize, at: usize| {
+        // SAFETY: `j` is a column of `bias`, `at` a place in `residual`, where they are given.
+        unsafe {
+            let acc = if BIAS { acc + *f.bias.add(j) } else { acc };
+            if RESIDUAL { acc + *f.residual.add(at) } else { acc }
+        }
+    };
+    for j in (0..f.cols).step_by(PANEL) {
+        for r in 0..f.rows {
+            // SAFETY: row `r` and columns from `j` of `acc`, which has padded lanes, and of `y`.
+            unsafe {
+                let (acc, at) = (f.acc.add(r * f.width + j), r * f.stride + j);
+                if f.cols - j >= PANEL {
+                    // A length that the compiler knows: a few vector moves.
+                    let acc = acc.cast::<[f32; PANEL]>().read();
+                    f.y.add(at).cast::<[f32; PANEL]>().write(std::array::from_fn(|l| add(acc[l], j + l, at + l)));
+                } else {
+                    (0..f.cols - j).for_each(|l| *f.y.add(at + l) = add(*acc.add(l), j + l, at + l));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn finish_avx2(f: &Finish) {
+    // SAFETY: the caller's.
+    unsafe { finish(f) }
 }
 
 /// The operands of one tile. Strides count floats.
@@ -137,6 +214,7 @@ pub(super) type Kernel = unsafe fn(&Tile);
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
+#[allow(clippy::needless_range_loop)] // registers are named by row and panel
 unsafe fn avx512<const R: usize, const P: usize>(t: &Tile) {
     use std::arch::x86_64::*;
     let mut acc = [[_mm512_setzero_ps(); P]; R];
@@ -174,6 +252,7 @@ unsafe fn avx512<const R: usize, const P: usize>(t: &Tile) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
+#[allow(clippy::needless_range_loop)] // as above
 unsafe fn avx2<const R: usize, const P: usize>(t: &Tile) {
     use std::arch::x86_64::*;
     let mut acc = [[[_mm256_setzero_ps(); 2]; P]; R];
@@ -218,6 +297,7 @@ unsafe fn avx2<const R: usize, const P: usize>(t: &Tile) {
 }
 
 /// For machines without the above: exact on any (a fused multiply-add, in software where there is no instruction).
+#[allow(clippy::needless_range_loop)] // as above
 unsafe fn portable<const R: usize, const P: usize>(t: &Tile) {
     let mut acc = [[[0f32; PANEL]; P]; R];
     // SAFETY: within the tile's extents, by the contract of `Kernel`.
