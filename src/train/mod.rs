@@ -1,1 +1,21 @@
-//! train
+//! Training: what a run is (its file), how large a step, what each completion is worth, and how a run survives.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | [`config`] | the run file: every key, its meaning, its default |
+//! | [`schedule`] | the learning rate over the steps |
+//! | [`advantages`] | what each completion of a group is worth, and each of its tokens in the loss |
+//! | [`optimizer`] | AdamW over the flat parameters, clipping, steps that are not taken |
+//! | [`checkpoint`] | folders that are whole or not there, found again after a crash |
+
+pub mod advantages;
+pub mod checkpoint;
+pub mod config;
+mod config_file;
+pub mod optimizer;
+pub mod schedule;
+
+pub use checkpoint::{Checkpoint, Checkpoints, TrainState};
+pub use config::RunConfig;
+pub use optimizer::Optimizer;
+pub use schedule::Schedule;

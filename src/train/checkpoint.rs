@@ -1,0 +1,284 @@
+//! Checkpoints: folders `step-N` that are whole or not there, and found again after a crash.
+//!
+//! A checkpoint is written into a hidden folder beside its place, flushed to the disk and renamed. So a run that is killed,
+//! or whose disk is full, has the checkpoints it had before. `train_state.json`, written last, lists every file with
+//! its size; a folder that does not match its list (copied half, or damaged since) is passed over for an earlier one.
+//!
+//! What lies in it: the model as a Hugging Face folder (transformers loads it as it is), `optimizer.safetensors`, and
+//! `train_state.json`. All noise in this program is drawn by counter (seed, episode, position), so the state of the random
+//! generators is those counters.
+
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+/// Where training stands, apart from the weights and the optimizer's moments.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrainState {
+    /// The command it belongs to: `sft` or `train`.
+    pub kind: String,
+    /// Completed steps.
+    pub step: u64,
+    /// Updates that the optimizer has taken; fewer than asked for if some were skipped.
+    pub updates: u64,
+    /// Decides all that is random.
+    pub seed: u64,
+    /// The pass over the data that is under way, from 0; with the seed it gives the order of the pass.
+    pub epoch: u64,
+    /// Items of that pass that are done.
+    pub position: u64,
+    /// The number of the next episode, by which its noise is drawn.
+    pub next_episode: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StateFile {
+    #[serde(flatten)]
+    state: TrainState,
+    /// Every other file of the checkpoint, with its bytes.
+    files: BTreeMap<String, u64>,
+}
+
+const STATE_FILE: &str = "train_state.json";
+
+/// A complete checkpoint on the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// Its folder.
+    pub path: PathBuf,
+    /// Where training stood.
+    pub state: TrainState,
+}
+
+/// The checkpoints of a run.
+pub struct Checkpoints {
+    dir: PathBuf,
+    keep_last: usize,
+}
+
+impl Checkpoints {
+    /// Those in `run_dir/checkpoints`, of which the newest `keep_last` are kept (0: all). Nothing is touched yet.
+    pub fn new(run_dir: &Path, keep_last: usize) -> Checkpoints {
+        Checkpoints { dir: run_dir.join("checkpoints"), keep_last }
+    }
+
+    /// Writes the checkpoint of `state.step`: `fill` puts the files into the folder it is given. Older checkpoints beyond
+    /// those to keep are removed once the new one is on the disk.
+    ///
+    /// # Errors
+    /// What `fill` gives, or [`Error::Io`]; the earlier checkpoints are then as they were, and of this one nothing is
+    /// left.
+    pub fn save(&self, state: &TrainState, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+        fs::create_dir_all(&self.dir).map_err(|e| Error::io("create the folder", &self.dir, e))?;
+        self.remove_leftovers();
+        let temporary = self.dir.join(format!(".step-{}.tmp", state.step));
+        let place = self.dir.join(format!("step-{}", state.step));
+        let written = (|| {
+            fs::create_dir(&temporary).map_err(|e| Error::io("create the folder", &temporary, e))?;
+            fill(&temporary)?;
+            seal(&temporary, state)?;
+            if place.exists() {
+                // A damaged one, or that of a session which went on from an earlier step.
+                fs::remove_dir_all(&place).map_err(|e| Error::io("replace", &place, e))?;
+            }
+            fs::rename(&temporary, &place).map_err(|e| Error::io("rename the checkpoint to", &place, e))?;
+            sync_dir(&self.dir)
+        })();
+        if let Err(e) = written {
+            // A full disk should not stay full of half a checkpoint.
+            let _ = fs::remove_dir_all(&temporary);
+            return Err(e);
+        }
+        self.prune(state.step)?;
+        Ok(place)
+    }
+
+    /// The newest complete checkpoint, and a line for each newer one that is damaged.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the folder cannot be read.
+    pub fn latest(&self) -> Result<(Option<Checkpoint>, Vec<String>)> {
+        let mut notes = Vec::new();
+        for (_, path) in self.steps()?.into_iter().rev() {
+            match open(&path) {
+                Ok(found) => return Ok((Some(found), notes)),
+                Err(e) => notes.push(format!("passed over {}: {e}", path.display())),
+            }
+        }
+        Ok((None, notes))
+    }
+
+    /// Folders named `step-N`, ascending.
+    fn steps(&self) -> Result<Vec<(u64, PathBuf)>> {
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(Error::io("list", &self.dir, e)),
+        };
+        let mut out = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(|e| Error::io("list", &self.dir, e))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if let Some(step) = name.strip_prefix("step-").and_then(|n| n.parse().ok()) {
+                out.push((step, path));
+            }
+        }
+        out.sort();
+        Ok(out)
+    }
+
+    /// Removes what sessions left that were killed while writing.
+    fn remove_leftovers(&self) {
+        let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        for path in entries.map(|e| e.path()) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name.starts_with(".step-") {
+                let _ = fs::remove_dir_all(&path);
+            }
+        }
+    }
+
+    fn prune(&self, newest: u64) -> Result<()> {
+        let older: Vec<_> = self.steps()?.into_iter().filter(|(step, _)| *step <= newest).collect();
+        let excess = if self.keep_last == 0 { 0 } else { older.len().saturating_sub(self.keep_last) };
+        for (_, path) in &older[..excess] {
+            fs::remove_dir_all(path).map_err(|e| Error::io("remove the old checkpoint", path, e))?;
+        }
+        Ok(())
+    }
+}
+
+/// Opens one checkpoint's folder.
+///
+/// # Errors
+/// [`Error::Input`] when it is no complete checkpoint, naming the file that is missing or short.
+pub fn open(path: &Path) -> Result<Checkpoint> {
+    let state_path = path.join(STATE_FILE);
+    let damaged =
+        |what: String| Error::input(what, "use another checkpoint: `varft train` finds the newest whole one by itself");
+    let text = fs::read(&state_path).map_err(|e| damaged(format!("{}: cannot read: {e}", state_path.display())))?;
+    let StateFile { state, files } =
+        serde_json::from_slice(&text).map_err(|e| damaged(format!("{}: {e}", state_path.display())))?;
+    for (name, bytes) in files {
+        let file = path.join(&name);
+        match fs::metadata(&file) {
+            Ok(m) if m.len() == bytes => {}
+            Ok(m) => return Err(damaged(format!("{}: {} bytes where {bytes} were written", file.display(), m.len()))),
+            Err(e) => return Err(damaged(format!("{}: {e}", file.display()))),
+        }
+    }
+    Ok(Checkpoint { path: path.to_path_buf(), state })
+}
+
+/// Flushes every file of `dir` to the disk and writes the state with their list.
+fn seal(dir: &Path, state: &TrainState) -> Result<()> {
+    let list = |e| Error::io("list", dir, e);
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(dir).map_err(list)? {
+        let path = entry.map_err(list)?.path();
+        let file = File::open(&path).map_err(|e| Error::io("open", &path, e))?;
+        file.sync_all().map_err(|e| Error::io("write", &path, e))?;
+        let bytes = file.metadata().map_err(|e| Error::io("read", &path, e))?.len();
+        files.insert(path.file_name().unwrap_or_default().to_string_lossy().into_owned(), bytes);
+    }
+    let text = serde_json::to_vec_pretty(&StateFile { state: state.clone(), files })
+        .map_err(|e| Error::internal(format!("the training state as JSON: {e}")))?;
+    let path = dir.join(STATE_FILE);
+    let failed = |e| Error::io("write", &path, e);
+    fs::write(&path, text).map_err(failed)?;
+    File::open(&path).and_then(|f| f.sync_all()).map_err(failed)?;
+    sync_dir(dir)
+}
+
+fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io("flush the folder", dir, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn state(step: u64) -> TrainState {
+        TrainState { kind: "train".into(), step, updates: step, seed: 7, epoch: 1, position: 5, next_episode: 99 }
+    }
+
+    fn save(c: &Checkpoints, step: u64) -> Result<PathBuf> {
+        c.save(&state(step), |dir| {
+            fs::write(dir.join("model.safetensors"), vec![step as u8; 1000]).map_err(|e| Error::io("write", dir, e))
+        })
+    }
+
+    fn names(run: &Path) -> Vec<String> {
+        let mut n: Vec<_> = fs::read_dir(run.join("checkpoints"))
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        n.sort();
+        n
+    }
+
+    #[test]
+    fn the_newest_is_found_and_the_oldest_go() {
+        let run = tempfile::tempdir().unwrap();
+        let c = Checkpoints::new(run.path(), 2);
+        assert_eq!(c.latest().unwrap(), (None, vec![]));
+        for step in [5, 9, 10, 100] {
+            save(&c, step).unwrap();
+        }
+        assert_eq!(names(run.path()), ["step-10", "step-100"]);
+        let (found, notes) = c.latest().unwrap();
+        assert_eq!((found.unwrap().state, notes.len()), (state(100), 0));
+        // A session that went on from step 10 writes step 100 again.
+        assert_eq!(save(&c, 100).unwrap(), run.path().join("checkpoints/step-100"));
+    }
+
+    #[test]
+    fn a_damaged_one_is_passed_over() {
+        let run = tempfile::tempdir().unwrap();
+        let c = Checkpoints::new(run.path(), 0);
+        for step in [1, 2, 3, 4] {
+            save(&c, step).unwrap();
+        }
+        let at = |step: u64, file: &str| run.path().join(format!("checkpoints/step-{step}/{file}"));
+        fs::write(at(4, STATE_FILE), "{").unwrap();
+        File::options().write(true).open(at(3, "model.safetensors")).unwrap().set_len(999).unwrap();
+        fs::remove_file(at(2, "model.safetensors")).unwrap();
+        let (found, notes) = c.latest().unwrap();
+        assert_eq!(found.unwrap().state.step, 1);
+        assert_eq!(notes.len(), 3);
+        assert!(notes[1].contains("step-3") && notes[1].contains("999 bytes where 1000"), "{}", notes[1]);
+    }
+
+    #[test]
+    fn a_full_disk_leaves_what_was_there() {
+        let run = tempfile::tempdir().unwrap();
+        let c = Checkpoints::new(run.path(), 1);
+        save(&c, 1).unwrap();
+        let e = c.save(&state(2), |dir| {
+            let path = dir.join("model.safetensors");
+            fs::write(&path, [0; 500]).unwrap();
+            // The system's own word that there is no space.
+            let mut full = File::options().write(true).open("/dev/full").unwrap();
+            full.write_all(&[0; 500]).map_err(|e| Error::io("write the model's weights", &path, e))
+        });
+        let text = e.unwrap_err().to_string();
+        assert!(text.contains("model.safetensors") && text.contains("free some space"), "{text}");
+        assert_eq!(names(run.path()), ["step-1"]);
+        assert_eq!(c.latest().unwrap().0.unwrap().state, state(1));
+    }
+
+    #[test]
+    fn what_a_killed_session_left_is_ignored_and_then_removed() {
+        let run = tempfile::tempdir().unwrap();
+        let c = Checkpoints::new(run.path(), 0);
+        save(&c, 1).unwrap();
+        fs::create_dir(run.path().join("checkpoints/.step-2.tmp")).unwrap();
+        fs::write(run.path().join("checkpoints/.step-2.tmp/model.safetensors"), "half").unwrap();
+        assert_eq!(c.latest().unwrap().0.unwrap().state.step, 1);
+        save(&c, 3).unwrap();
+        assert_eq!(names(run.path()), ["step-1", "step-3"]);
+    }
+}

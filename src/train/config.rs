@@ -1,0 +1,360 @@
+//! The run file: everything that decides what a run does, in one TOML file, every key with a default.
+//!
+//! ```toml
+//! [model]
+//! path = "Qwen2.5-VL-3B-Instruct"
+//!
+//! [algo]
+//! beta = 0.04
+//! ```
+//!
+//! Any key can be given on the command line instead (`--set algo.beta=0.04`). The file that a run writes into its own
+//! folder holds every key as it was resolved.
+
+use super::schedule::Decay;
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+/// A run, completely.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunConfig {
+    /// Its name, its place, its seed.
+    pub run: Run,
+    /// What is trained.
+    pub model: Model,
+    /// On which questions.
+    pub task: Task,
+    /// How episodes are rolled out.
+    pub rollout: Rollout,
+    /// What the agent may call.
+    pub tools: Tools,
+    /// What an episode is worth.
+    pub reward: Reward,
+    /// Supervised fine-tuning (`varft sft`).
+    pub sft: Sft,
+    /// Reinforcement learning (`varft train`).
+    pub algo: Algo,
+    /// Steps and their size, for both.
+    pub optim: Optim,
+    /// What is written down, and when.
+    pub log: Log,
+}
+
+macro_rules! section {
+    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $field:ident: $ty:ty = $default:expr,)* }) => {
+        $(#[$meta])*
+        #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub struct $name {
+            $($(#[$doc])* pub $field: $ty,)*
+        }
+        impl Default for $name {
+            fn default() -> Self {
+                $name { $($field: $default,)* }
+            }
+        }
+    };
+}
+
+section! {
+    /// `[run]`
+    Run {
+        /// The run's folder is `dir/name`.
+        name: String = "run".into(),
+        /// Where runs lie.
+        dir: String = "runs".into(),
+        /// Decides everything that is random: the order of the data, what is sampled, made-up images.
+        seed: u64 = 0,
+        /// Threads of the device; 0 means all cores that the process may use. Changes no result.
+        threads: usize = 0,
+    }
+}
+
+section! {
+    /// `[model]`
+    Model {
+        /// A Hugging Face folder (config.json, safetensors, tokenizer).
+        path: String = String::new(),
+        /// Keeps the vision tower as it is.
+        freeze_vision: bool = true,
+        /// An image is scaled up to at least this many pixels.
+        min_pixels: usize = 3136,
+        /// An image is scaled down to at most this many pixels; 28 x 28 of them are one token.
+        max_pixels: usize = 401_408,
+    }
+}
+
+/// Where questions come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TaskKind {
+    /// Images that the program makes and degrades.
+    Synthetic,
+    /// Files in MAT-Coding's row format.
+    Mat,
+}
+
+section! {
+    /// `[task]`
+    Task {
+        /// `synthetic` or `mat`.
+        kind: TaskKind = TaskKind::Synthetic,
+        /// `mat`: the JSON file of training rows.
+        train: String = String::new(),
+        /// `mat`: the JSON file of held-out rows.
+        eval: String = String::new(),
+        /// `mat`: the folder that image paths start from.
+        images: String = String::new(),
+        /// `synthetic`: how many different training questions there are.
+        train_items: usize = 4096,
+        /// How many held-out questions are asked (`mat`: at most; 0 for all).
+        eval_items: usize = 300,
+    }
+}
+
+section! {
+    /// `[rollout]`
+    Rollout {
+        /// Questions per step.
+        prompts: usize = 16,
+        /// Completions per question: the group over which advantages are taken.
+        group_size: usize = 8,
+        /// An episode may call its tool and go on so often before it must have answered.
+        max_turns: usize = 5,
+        /// Tokens that one turn may have.
+        max_new_tokens: usize = 1024,
+        /// Tokens that an episode may have, prompt and images included.
+        context: usize = 8192,
+        /// Sampling temperature in training; log-probabilities are those at this temperature.
+        temperature: f64 = 1.0,
+        /// Samples among the k likeliest tokens; 0 among all.
+        top_k: usize = 0,
+        /// Samples among the likeliest tokens that together reach this probability; 1 among all.
+        top_p: f64 = 1.0,
+        /// Samples among tokens at least this likely relative to the likeliest; 0 among all.
+        min_p: f64 = 0.0,
+        /// Sampling temperature in evaluation; 0 takes the likeliest token.
+        eval_temperature: f64 = 0.0,
+        /// Tokens in one forward pass of the engine, decoding and prompts together.
+        batch_tokens: usize = 1024,
+        /// Memory for keys and values, in MiB.
+        kv_cache_mib: usize = 1024,
+        /// Memory for the vision tower's outputs, in MiB.
+        vision_cache_mib: usize = 256,
+    }
+}
+
+/// `[tools]`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Tools {
+    /// The `python` tool.
+    pub python: Python,
+}
+
+section! {
+    /// `[tools.python]`
+    Python {
+        /// The interpreter's environment; empty for the one under the user's cache folder.
+        env: String = String::new(),
+        /// Makes that environment if it is missing.
+        create_env: bool = true,
+        /// Calls that run at once; 0 for as many as there are cores.
+        concurrency: usize = 0,
+        /// Processor seconds of a call.
+        cpu_s: f64 = 10.0,
+        /// Memory of a call, in MiB.
+        memory_mib: u64 = 1024,
+        /// Size of a file that a call writes, in MiB.
+        file_mib: u64 = 64,
+        /// What a call may print, in KiB.
+        output_kib: usize = 64,
+        /// Shows the agent the image that its program made. Without it the agent gets its original again: a test of
+        /// whether it sees with its tool.
+        show_image: bool = true,
+    }
+}
+
+/// How an answer is compared with the right ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scorer {
+    /// F1 over multisets of words and exact match, as SQuAD's evaluation does.
+    Squad,
+    /// The published Visual-ARFT scorer, for comparison with its figures.
+    Reference,
+}
+
+section! {
+    /// `[reward]`: the sum of weighted parts.
+    Reward {
+        /// Weight of the answer's F1.
+        answer: f64 = 1.0,
+        /// Weight of an episode that keeps to the format throughout.
+        format: f64 = 0.2,
+        /// How answers are compared: `squad` or `reference`.
+        scorer: Scorer = Scorer::Squad,
+    }
+}
+
+section! {
+    /// `[sft]`
+    Sft {
+        /// Conversations to learn from, one JSON object per line; empty for the synthetic task's own demonstrations.
+        data: String = String::new(),
+        /// Conversations per step.
+        batch_size: usize = 16,
+    }
+}
+
+/// How the tokens of a batch are weighted in its loss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossKind {
+    /// The mean over completions of each one's mean over tokens (DeepSeekMath, arXiv 2402.03300, equation 3).
+    Grpo,
+    /// The mean over all tokens of the batch (DAPO, arXiv 2503.14476, section 3.3).
+    Dapo,
+    /// The sum over tokens divided by a constant (Dr. GRPO, arXiv 2503.20783, section 3.2).
+    DrGrpo,
+}
+
+/// How rewards become advantages within a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AdvantageScale {
+    /// (r - mean) / (standard deviation + 1e-4)  (DeepSeekMath, section 4.1.2).
+    Group,
+    /// r - mean  (Dr. GRPO, section 3.2).
+    None,
+}
+
+section! {
+    /// `[algo]`
+    Algo {
+        /// `grpo`, `dapo` or `dr_grpo`.
+        loss: LossKind = LossKind::Dapo,
+        /// `group` divides by the group's standard deviation, `none` does not.
+        scale: AdvantageScale = AdvantageScale::Group,
+        /// The ratio of new to old probability is clipped below at 1 - clip_low.
+        clip_low: f64 = 0.2,
+        /// And above at 1 + clip_high.
+        clip_high: f64 = 0.28,
+        /// Weight of the KL divergence to the model that the run began with; 0 holds no such model in memory.
+        beta: f64 = 0.0,
+        /// Leaves out groups whose rewards are all the same: they say nothing.
+        drop_zero_variance: bool = true,
+        /// Leaves episodes that were cut short out of the loss: they show no end to learn from.
+        mask_truncated: bool = true,
+        /// Passes over each batch of episodes.
+        iterations: usize = 1,
+        /// Updates per pass: the batch is split into so many parts.
+        minibatches: usize = 1,
+    }
+}
+
+section! {
+    /// `[optim]`
+    Optim {
+        /// Steps of the run; one step of `train` rolls out one batch.
+        steps: u64 = 200,
+        /// Peak learning rate.
+        lr: f64 = 1e-6,
+        /// `constant`, `linear` or `cosine`, after the warm-up.
+        schedule: Decay = Decay::Constant,
+        /// Steps over which the learning rate rises to its peak.
+        warmup_steps: u64 = 0,
+        /// What the schedule ends at, as a share of the peak.
+        final_lr: f64 = 0.0,
+        /// AdamW's decay of the mean of gradients.
+        beta1: f64 = 0.9,
+        /// AdamW's decay of the mean of their squares.
+        beta2: f64 = 0.999,
+        /// AdamW's epsilon.
+        eps: f64 = 1e-8,
+        /// AdamW's weight decay, on matrices only.
+        weight_decay: f64 = 0.0,
+        /// Gradients are scaled down to at most this norm; 0 leaves them as they are.
+        max_grad_norm: f64 = 1.0,
+        /// Tokens in one forward and backward pass; gradients accumulate over as many passes as the batch needs.
+        micro_batch_tokens: usize = 4096,
+        /// Memory for what the forward pass keeps for the backward pass, in MiB; the rest is computed again.
+        activations_mib: usize = 2048,
+    }
+}
+
+section! {
+    /// `[log]`
+    Log {
+        /// Writes TensorBoard events beside metrics.jsonl.
+        tensorboard: bool = true,
+        /// Asks the held-out questions every so many steps, and before the first and after the last; 0 never.
+        eval_every: u64 = 50,
+        /// Writes a checkpoint every so many steps, and after the last; 0 only then.
+        checkpoint_every: u64 = 50,
+        /// Checkpoints that are kept, the newest first; 0 for all.
+        keep_last: usize = 2,
+        /// Episodes per step that are written down with their images.
+        trajectories: usize = 16,
+    }
+}
+
+impl RunConfig {
+    /// Whether the figures make sense, each by itself and together.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the key.
+    pub fn check(&self) -> Result<()> {
+        let share = |v: f64| (0.0..=1.0).contains(&v);
+        let positive = |v: f64| v.is_finite() && v > 0.0;
+        let not_negative = |v: f64| v.is_finite() && v >= 0.0;
+        let (r, a, o, p) = (&self.rollout, &self.algo, &self.optim, &self.tools.python);
+        let name = &self.run.name;
+        let rules: &[(bool, &str, &str)] = &[
+            (!name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']), "run.name", "a folder's name"),
+            (self.model.min_pixels >= 784, "model.min_pixels", "at least 784 (one token)"),
+            (self.model.max_pixels >= self.model.min_pixels, "model.max_pixels", "at least model.min_pixels"),
+            (self.task.train_items > 0, "task.train_items", "at least 1"),
+            (r.prompts > 0, "rollout.prompts", "at least 1"),
+            (r.group_size > 0, "rollout.group_size", "at least 1"),
+            (r.max_turns > 0, "rollout.max_turns", "at least 1"),
+            (r.max_new_tokens > 0, "rollout.max_new_tokens", "at least 1"),
+            (r.context > r.max_new_tokens, "rollout.context", "more than rollout.max_new_tokens"),
+            (positive(r.temperature), "rollout.temperature", "more than 0 (training needs chance)"),
+            (not_negative(r.eval_temperature), "rollout.eval_temperature", "0 or more"),
+            (share(r.top_p) && r.top_p > 0.0, "rollout.top_p", "more than 0 and at most 1"),
+            (share(r.min_p) && r.min_p < 1.0, "rollout.min_p", "at least 0 and less than 1"),
+            (r.batch_tokens > 0, "rollout.batch_tokens", "at least 1"),
+            (r.kv_cache_mib > 0, "rollout.kv_cache_mib", "at least 1"),
+            (positive(p.cpu_s), "tools.python.cpu_s", "more than 0"),
+            (p.memory_mib > 0, "tools.python.memory_mib", "at least 1"),
+            (p.file_mib > 0, "tools.python.file_mib", "at least 1"),
+            (p.output_kib > 0, "tools.python.output_kib", "at least 1"),
+            (self.reward.answer.is_finite(), "reward.answer", "a number"),
+            (self.reward.format.is_finite(), "reward.format", "a number"),
+            (self.sft.batch_size > 0, "sft.batch_size", "at least 1"),
+            (share(a.clip_low), "algo.clip_low", "between 0 and 1"),
+            (not_negative(a.clip_high), "algo.clip_high", "0 or more"),
+            (not_negative(a.beta), "algo.beta", "0 or more"),
+            (a.iterations > 0, "algo.iterations", "at least 1"),
+            (a.minibatches > 0 && a.minibatches <= r.prompts, "algo.minibatches", "1 to rollout.prompts"),
+            (not_negative(o.lr), "optim.lr", "0 or more"),
+            (o.warmup_steps <= o.steps, "optim.warmup_steps", "at most optim.steps"),
+            (share(o.final_lr), "optim.final_lr", "between 0 and 1"),
+            (share(o.beta1) && o.beta1 < 1.0, "optim.beta1", "at least 0 and less than 1"),
+            (share(o.beta2) && o.beta2 < 1.0, "optim.beta2", "at least 0 and less than 1"),
+            (positive(o.eps), "optim.eps", "more than 0"),
+            (not_negative(o.weight_decay), "optim.weight_decay", "0 or more"),
+            (not_negative(o.max_grad_norm), "optim.max_grad_norm", "0 or more"),
+            (o.micro_batch_tokens > 0, "optim.micro_batch_tokens", "at least 1"),
+        ];
+        match rules.iter().find(|r| !r.0) {
+            Some((_, key, rule)) => Err(Error::input(
+                format!("`{key}` must be {rule}"),
+                format!("correct `{key}` in the run file or on the command line"),
+            )),
+            None => Ok(()),
+        }
+    }
+}
