@@ -157,13 +157,21 @@ fn one_by_one(start: f32, len: usize, a: impl Fn(usize) -> f32, b: impl Fn(usize
     (0..len).fold(start, |acc, i| a(i).mul_add(b(i), acc))
 }
 
-/// Runs all three products with `isa` on `threads` threads: y, dx, dw.
-fn products(isa: Isa, threads: usize, [m, n, k]: [usize; 3], x: &[f32], w: &[f32], dy: &[f32]) -> [Vec<f32>; 3] {
+/// Runs all three products with `isa` on `threads` threads: y (with bias and residual `dy`), dx, dw.
+fn products(
+    isa: Isa,
+    threads: usize,
+    [m, n, k]: [usize; 3],
+    x: &[f32],
+    w: &[f32],
+    bias: &[f32],
+    dy: &[f32],
+) -> [Vec<f32>; 3] {
     let pool = Pool::new(threads);
     let (mut y, mut dx, mut dw) = (vec![f32::NAN; m * n], vec![f32::NAN; m * k], vec![0.0; packed_len(n, k)]);
     let w = packed(w, n, k);
-    let null = std::ptr::null();
-    let out = Out::Rows { y: y.as_mut_ptr(), stride: n, cols: n, continues: false, bias: null, residual: null };
+    let (bias, residual) = (bias.as_ptr(), dy.as_ptr());
+    let out = Out::Rows { y: y.as_mut_ptr(), stride: n, cols: n, continues: false, bias, residual };
     // SAFETY: all lengths are those of the shape, and nothing overlaps.
     unsafe {
         forward_on(&pool, isa, x, &w, m, n, k, out);
@@ -176,16 +184,17 @@ fn products(isa: Isa, threads: usize, [m, n, k]: [usize; 3], x: &[f32], w: &[f32
 #[test]
 fn every_instruction_set_and_thread_count_gives_the_bits_of_the_plain_loop() {
     for &[m, n, k] in SHAPES {
-        let (x, w, dy) = (numbers(1, m * k), numbers(2, n * k), numbers(3, m * n));
+        let (x, w, bias, dy) = (numbers(1, m * k), numbers(2, n * k), numbers(3, n), numbers(4, m * n));
         let at = |len: usize, of: &dyn Fn(usize) -> f32| (0..len).map(of).collect::<Vec<_>>();
+        let sum = |i: usize| one_by_one(0.0, k, |t| x[i / n * k + t], |t| w[i % n * k + t]);
         let want = [
-            at(m * n, &|i| one_by_one(0.0, k, |t| x[i / n * k + t], |t| w[i % n * k + t])),
+            at(m * n, &|i| (sum(i) + bias[i % n]) + dy[i]),
             at(m * k, &|i| one_by_one(0.0, n, |j| dy[i / k * n + j], |j| w[j * k + i % k])),
             at(n * k, &|i| one_by_one(0.0, m, |r| dy[r * n + i / k], |r| x[r * k + i % k])),
         ];
         for isa in Isa::available() {
             for threads in 1..=3 {
-                let got = products(isa, threads, [m, n, k], &x, &w, &dy);
+                let got = products(isa, threads, [m, n, k], &x, &w, &bias, &dy);
                 for (which, (got, want)) in ["y", "dx", "dw"].iter().zip(got.iter().zip(&want)) {
                     assert!(bits(got) == bits(want), "{which} of [{m}, {n}, {k}], {isa:?}, {threads} threads");
                 }
@@ -197,14 +206,12 @@ fn every_instruction_set_and_thread_count_gives_the_bits_of_the_plain_loop() {
 #[test]
 fn a_row_has_the_same_bits_alone_and_among_others() {
     let (n, k) = (70, 300);
-    let w = numbers(2, n * k);
-    let x = numbers(1, 64 * k);
-    let dy = numbers(3, 64 * n);
+    let (x, w, bias, dy) = (numbers(1, 64 * k), numbers(2, n * k), numbers(3, n), numbers(4, 64 * n));
     for isa in Isa::available() {
         let alone: Vec<_> =
-            (0..64).map(|i| products(isa, 1, [1, n, k], &x[i * k..][..k], &w, &dy[i * n..][..n])).collect();
+            (0..64).map(|i| products(isa, 1, [1, n, k], &x[i * k..][..k], &w, &bias, &dy[i * n..][..n])).collect();
         for m in 1..=64 {
-            let [y, dx, _] = products(isa, 2, [m, n, k], &x[..m * k], &w, &dy[..m * n]);
+            let [y, dx, _] = products(isa, 2, [m, n, k], &x[..m * k], &w, &bias, &dy[..m * n]);
             for i in 0..m {
                 assert_eq!(bits(&y[i * n..][..n]), bits(&alone[i][0]), "row {i} of {m}, {isa:?}");
                 assert_eq!(bits(&dx[i * k..][..k]), bits(&alone[i][1]), "row {i} of {m}, {isa:?}");
@@ -214,21 +221,23 @@ fn a_row_has_the_same_bits_alone_and_among_others() {
 }
 
 #[test]
-fn sums_cut_for_memory_have_the_bits_of_the_plain_loop() {
-    // More outputs than backward_input takes at a time, more rows than backward_weight does.
-    let [m, n, k] = [2 * BATCH + 3, PART + 5, 3];
-    let (x, w, dy) = (numbers(1, m * k), numbers(2, n * k), numbers(3, m * n));
-    let [_, dx, dw] = products(Isa::detect(), 2, [m, n, k], &x, &w, &dy);
-    for i in (0..m).step_by(37) {
-        for t in 0..k {
-            let want = one_by_one(0.0, n, |j| dy[i * n + j], |j| w[j * k + t]);
-            assert_eq!(dx[i * k + t].to_bits(), want.to_bits());
+fn operands_that_are_copied_in_parts_give_the_bits_of_the_plain_loop() {
+    // More outputs than backward_input takes at a time, more rows than backward_weight does; and more columns of the
+    // copied operand, and rows of the other, than a slab holds.
+    for [m, n, k] in [[2 * BATCH + 3, PART + 5, 3], [7, PART + 5, 1100], [BATCH + 9, 4117, 5]] {
+        let (x, w, bias, dy) = (numbers(1, m * k), numbers(2, n * k), numbers(3, n), numbers(4, m * n));
+        let [y, dx, dw] = products(Isa::detect(), 2, [m, n, k], &x, &w, &bias, &dy);
+        for i in (0..m * n).step_by(1009) {
+            let sum = one_by_one(0.0, k, |t| x[i / n * k + t], |t| w[i % n * k + t]);
+            assert_eq!(y[i].to_bits(), ((sum + bias[i % n]) + dy[i]).to_bits(), "y[{i}] of [{m}, {n}, {k}]");
         }
-    }
-    for j in (0..n).step_by(41) {
-        for t in 0..k {
-            let want = one_by_one(0.0, m, |i| dy[i * n + j], |i| x[i * k + t]);
-            assert_eq!(dw[j * k + t].to_bits(), want.to_bits());
+        for i in (0..m * k).step_by(37) {
+            let want = one_by_one(0.0, n, |j| dy[i / k * n + j], |j| w[j * k + i % k]);
+            assert_eq!(dx[i].to_bits(), want.to_bits(), "dx[{i}] of [{m}, {n}, {k}]");
+        }
+        for i in (0..n * k).step_by(41) {
+            let want = one_by_one(0.0, m, |r| dy[r * n + i / k], |r| x[r * k + i % k]);
+            assert_eq!(dw[i].to_bits(), want.to_bits(), "dw[{i}] of [{m}, {n}, {k}]");
         }
     }
 }
