@@ -140,7 +140,7 @@ fn rows_of(len: usize, stride: usize, width: usize) -> usize {
 
 /// The backward of [`paged_forward`].
 ///
-/// `out`, `lse`: what the forward gave; `dout`: `[t, hq * hd]`; `dq`: written, in rows of `q_stride` as `q`; `dkv`: pages
+/// `out`, `lse`: what the forward gave; `dout`: `[t, hq * hd]`; `dq`: written, in rows of `q_stride` as `q` and apart from it (other columns are left alone); `dkv`: pages
 /// of gradients in the layout of `kv`, **added to**. Segments may share pages; what they add to a page is added in the
 /// order of the segments.
 pub fn paged_backward(
@@ -226,6 +226,8 @@ pub fn varlen_forward(
 }
 
 /// The backward of [`varlen_forward`]: `dqkv`, `[t, 3 * h * hd]`, is written for the rows of the windows.
+///
+/// `out`, `lse`: what the forward gave; `dout`: `[t, h * hd]`.
 pub fn varlen_backward(
     s: &Stream,
     qkv: &Buffer,

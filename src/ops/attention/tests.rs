@@ -319,6 +319,7 @@ fn paged_backward_is_its_derivative() {
             s.write(&grads.layers[0].k, &vec![0.5f32; grads.layers[0].k.len()]);
             s.write(&grads.layers[0].v, &vec![0.25f32; grads.layers[0].v.len()]);
             let (dq_got, dout) = (d.alloc(DType::F32, t * stride), d.upload(&dout));
+            s.write(&dq_got, &vec![7.0f32; t * stride]);
             let (scale, g) = (shape.scale(), &grads.layers[0]);
             paged_backward(&s, &q, stride, layer, &seg, hq, hkv, hd, scale, &out, &lse, &dout, &dq_got, g);
             // Every slot of every page, as rows.
@@ -327,6 +328,8 @@ fn paged_backward_is_its_derivative() {
             let rows = d.zeros(DType::F32, n * 2 * width);
             kv_cache::gather(&s, g, &grads, &rows, 2 * width, 0, width, &slots, n);
             let (dq_got, rows) = (s.read::<f32>(&dq_got).wait().unwrap(), s.read::<f32>(&rows).wait().unwrap());
+            let beside = dq_got.chunks(stride).flat_map(|r| &r[hq * hd..]);
+            assert!(beside.into_iter().all(|&x| x == 7.0), "columns beside the queries' gradients were written");
             let dq_got: Vec<f32> = dq_got.chunks(stride).flat_map(|r| r[..hq * hd].to_vec()).collect();
             let dk_got: Vec<f32> = rows.chunks(2 * width).flat_map(|r| r[..width].to_vec()).collect();
             let dv_got: Vec<f32> = rows.chunks(2 * width).flat_map(|r| r[width..].to_vec()).collect();
