@@ -1,3 +1,5 @@
 //! The `varft` binary: see `varft --help`.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    varft::cli::main()
+}

@@ -1,1 +1,47 @@
-//! cli
+//! The commands of the `varft` binary, one file each.
+//!
+//! A command prints what it made on standard output, progress on standard error, and an error as one message that says
+//! what to do. Exit status: 0, or 1 after an error, or 2 for a command line that cannot be read.
+
+mod doctor;
+mod init;
+mod report;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(
+    name = "varft",
+    version,
+    about = "Fine-tunes Qwen2.5-VL into an agent that uses tools, and runs it",
+    after_help = "Examples:\n  varft doctor                  is this machine ready?\n  varft init tiny models/tiny   a small random model\n  \
+                  varft report runs/mine        one page of a run, to open in a browser\n\nEach command explains itself: varft COMMAND --help"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Init(init::Args),
+    Report(report::Args),
+    Doctor(doctor::Args),
+}
+
+/// Reads the command line, runs the command, prints its error if it has one.
+pub fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Init(args) => init::run(&args),
+        Command::Report(args) => report::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

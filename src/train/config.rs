@@ -156,10 +156,10 @@ pub struct Tools {
 section! {
     /// `[tools.python]`
     Python {
-        /// The interpreter's environment; empty for the one under the user's cache folder.
-        env: String = String::new(),
+        /// The interpreter; empty for the environment under the user's cache folder.
+        interpreter: String = String::new(),
         /// Makes that environment if it is missing.
-        create_env: bool = true,
+        install: bool = true,
         /// Calls that run at once; 0 for as many as there are cores.
         concurrency: usize = 0,
         /// Processor seconds of a call.

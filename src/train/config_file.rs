@@ -8,7 +8,8 @@ use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Table, Value};
 
 /// Keys that may differ between a run and its continuation: they change no weight.
-const FREE: [&str; 6] = ["run.name", "run.dir", "run.threads", "tools.python.env", "tools.python.create_env", "log."];
+const FREE: [&str; 6] =
+    ["run.name", "run.dir", "run.threads", "tools.python.interpreter", "tools.python.install", "log."];
 
 impl RunConfig {
     /// Reads a run file (none: all defaults), then applies `overrides`, each `section.key=value` with a TOML value (text
