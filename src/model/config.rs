@@ -1,5 +1,6 @@
 //! What a checkpoint says about its shape: the hub's flat `config.json` and the nested one of transformers 5.
 
+use crate::ops::patch_embed::{MERGE, PATCH};
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -71,12 +72,6 @@ pub struct VisionConfig {
     pub full_attention_blocks: Vec<usize>,
 }
 
-/// Side of a patch, in pixels.
-pub const PATCH: usize = 14;
-/// Patches along each side of the square that the merger makes into one token.
-pub const MERGE: usize = 2;
-/// Values of one patch: 3 channels x 2 frames x 14 x 14.
-pub const PATCH_VALUES: usize = 3 * 2 * PATCH * PATCH;
 /// Epsilon of every RMSNorm of the vision tower (fixed by the reference implementation).
 pub const VISION_NORM_EPS: f32 = 1e-6;
 /// Base of the vision tower's rotary frequencies.
@@ -209,7 +204,7 @@ impl Config {
     /// What is contradictory about the figures, if anything.
     pub fn check(&self) -> Result<(), String> {
         let v = &self.vision;
-        let divides = |what: &str, a: usize, of: &str, b: usize| match a > 0 && b > 0 && b % a == 0 {
+        let divides = |what: &str, a: usize, of: &str, b: usize| match a > 0 && b > 0 && b.is_multiple_of(a) {
             true => Ok(()),
             false => Err(format!("{what} ({a}) does not divide {of} ({b})")),
         };

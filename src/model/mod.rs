@@ -5,29 +5,34 @@
 //! so a token's log-probability has the same bits in both.
 
 mod config;
+mod decoder;
 mod init;
+mod layer;
 mod load;
 mod params;
 pub mod positions;
 mod presets;
 mod save;
 mod stripes;
+pub mod train;
+mod vision;
 mod window;
 
-pub use config::{Config, MERGE, PATCH, PATCH_VALUES, TokenIds, VISION_NORM_EPS, VISION_ROPE_THETA, VisionConfig};
+pub use config::{Config, TokenIds, VISION_NORM_EPS, VISION_ROPE_THETA, VisionConfig};
+pub use decoder::{StepBatch, StepInput, StepLimits, Workspace};
+pub use layer::LayerShape;
 pub use params::{Init, LayerParams, Layout, ParamStore, Segment, Tensor, TextParams, VisionParams};
 pub use presets::Preset;
 pub use save::{SaveOptions, write_atomically};
+pub use vision::VisionWorkspace;
 pub use window::WindowPlan;
 
-use crate::device::{Device, Stream};
+use crate::device::{Buffer, Device, Stream};
+use crate::input::{Image, ImageProcessor};
+use crate::ops::kv_cache::KvCache;
+use crate::ops::patch_embed::Normalize;
 use crate::{Error, Result};
 use std::path::Path;
-
-/// Mean of each channel that pixels are normalised with (CLIP's), after division by 255.
-pub const IMAGE_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
-/// Standard deviation of each channel.
-pub const IMAGE_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// How to make or read a model.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,26 +53,31 @@ pub struct Model {
     pub text: TextParams,
     /// The vision tower's weights, views into `params`.
     pub vision: VisionParams,
+    /// What pixels become before the patch embedding.
+    pub normalize: Normalize,
     device: Device,
 }
 
 impl Model {
-    fn new(config: Config, params: ParamStore, device: &Device) -> Result<Model> {
+    fn new(config: Config, params: ParamStore, images: &ImageProcessor, device: &Device) -> Result<Model> {
         let text = params.text(&config, &params.flat);
         let vision = params.vision(&config, &params.flat);
         let vision = vision.ok_or_else(|| Error::internal("the store has no vision tower"))?;
-        Ok(Model { config, params, text, vision, device: device.clone() })
+        let normalize = Normalize::new(images.mean, images.std);
+        Ok(Model { config, params, text, vision, normalize, device: device.clone() })
     }
 
-    /// Reads a Hugging Face folder: `config.json`, and `model.safetensors` or shards with their index.
+    /// Reads a Hugging Face folder: `config.json`, and `model.safetensors` or shards with their index; pixels are normalised
+    /// as its image processor's settings say, if it has them.
     pub fn load(dir: &Path, device: &Device, options: &LoadOptions) -> Result<Model> {
         let config = Config::load(dir)?;
+        let images = ImageProcessor::load(dir)?;
         let checkpoint = load::Checkpoint::open(dir)?;
         let params = ParamStore::new(&config, device, options.freeze_vision);
         let s = device.stream();
         checkpoint.read_into(&s, dir, &params, config.tie_word_embeddings, options.progress)?;
         s.synchronize()?;
-        Model::new(config, params, device)
+        Model::new(config, params, &images, device)
     }
 
     /// A model of `config`'s shape with random weights: the same for a `seed` on every machine.
@@ -79,7 +89,7 @@ impl Model {
         let s = device.stream();
         init::fill(&s, &params, seed)?;
         s.synchronize()?;
-        Model::new(config, params, device)
+        Model::new(config, params, &ImageProcessor::default(), device)
     }
 
     /// Writes a Hugging Face folder under the hub's names; transformers loads it. Work that `s` still has is waited for.
@@ -89,8 +99,46 @@ impl Model {
         save::save(s, &self.params, &self.config, dir, options)
     }
 
+    /// Whether training moves the vision tower.
+    pub fn trains_vision(&self) -> bool {
+        self.params.segments().iter().all(|s| s.trainable)
+    }
+
     /// The device it lives on.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// A KV cache of `blocks` pages for this shape.
+    pub fn kv_cache(&self, blocks: usize) -> KvCache {
+        KvCache::new(&self.device, self.config.layers, blocks, self.config.kv_heads, self.config.head_dim())
+    }
+
+    /// Submits the encoding of `images` into `out`, f32 `[tokens of all, hidden]`, image after image.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] if they do not fit the workspace.
+    pub fn encode_images(&self, s: &Stream, images: &[&Image], ws: &mut VisionWorkspace, out: &Buffer) -> Result<()> {
+        vision::encode(s, &self.config, &self.vision, &self.normalize, images, ws, out)
+    }
+
+    /// Submits one step of the decoder: writes the step's keys and values into their pages of `cache` and returns the hidden
+    /// states after the final norm, f32 `[tokens, hidden]`, in the workspace (valid until the next step with it).
+    ///
+    /// `vision`: f32 `[.., hidden]`, the rows that `StepInput::image_sources` names.
+    pub fn forward(
+        &self,
+        s: &Stream,
+        batch: &StepBatch,
+        cache: &KvCache,
+        vision: Option<&Buffer>,
+        ws: &Workspace,
+    ) -> Buffer {
+        decoder::forward(s, &self.config, &self.text, batch, cache, vision, ws)
+    }
+
+    /// Submits the logits, f32 `[n, vocab]` into `out`, of the `n` rows of `hidden` that `rows` (u32) names.
+    pub fn logits(&self, s: &Stream, hidden: &Buffer, rows: &Buffer, ws: &Workspace, out: &Buffer, n: usize) {
+        decoder::logits(s, &self.config, &self.text, hidden, rows, ws, out, n)
     }
 }

@@ -8,9 +8,10 @@
 //! are passes over flat ranges. Matrices are in [`linear`]'s packed layout; the projections that are always computed
 //! together (query, key, value; gate, up) are one matrix, whose row ranges keep the names they have in a checkpoint.
 
-use super::config::{Config, PATCH_VALUES};
+use super::config::Config;
 use crate::device::{Buffer, DType, Device, Stream};
 use crate::ops::linear::{self, PANEL, Weight};
+use crate::ops::patch_embed::{INPUTS, PATCH};
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -363,9 +364,9 @@ fn plan(c: &Config) -> Vec<Segment> {
 
     let v = &c.vision;
     let (h, i) = (v.hidden_size, v.intermediate_size);
-    let shape = vec![h, 3, 2, super::config::PATCH, super::config::PATCH];
+    let shape = vec![h, 3, 2, PATCH, PATCH];
     let patch = ("visual.patch_embed.proj.weight".to_string(), shape, h);
-    add("vision.patch_embed.weight".into(), PATCH_VALUES, Packed, normal, &[patch]);
+    add("vision.patch_embed.weight".into(), INPUTS, Packed, normal, &[patch]);
     for b in 0..v.depth {
         let (own, hub) = (format!("vision.blocks.{b}."), format!("visual.blocks.{b}."));
         let mut affine = |own_name: &str, hub_names: &[&str], n: usize, k: usize| {

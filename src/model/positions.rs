@@ -3,7 +3,7 @@
 //! Text counts on with all three equal. An image that starts at position `p` has time `p`, height `p + row`, width
 //! `p + column` of its merged patches, and the text after it resumes at `p + max(rows, columns)`.
 
-use super::config::MERGE;
+use crate::ops::patch_embed::MERGE;
 
 /// An image's place among a sequence's tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

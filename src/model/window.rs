@@ -5,8 +5,8 @@
 //! are neighbours: windows row by row, groups row by row inside, windows at the right and lower edge as small as they
 //! fall. One image's groups stay together, so an image's result does not depend on its neighbours.
 
-use super::config::{MERGE, PATCH};
 use crate::input::Grid;
+use crate::ops::patch_embed::{MERGE, PATCH};
 
 /// The layout of a few images that go through the vision tower together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
