@@ -1,7 +1,7 @@
 //! Root-mean-square layer normalisation (Zhang and Sennrich 2019, arXiv 1910.07467):
 //! `y = x / sqrt(mean(x^2) + eps) * w`, row by row.
 
-use super::simd::{LANES, madd, multiversion, rows_per_item, sum_by, sum_lanes};
+use super::simd::{LANES, dot, madd, multiversion, rows_per_item, sum_lanes};
 use crate::device::{Backend, Buffer, SendPtr, Stream};
 
 /// Rows whose terms of the weight gradient are summed before they join the total. Fixed, so that the order of additions
@@ -79,7 +79,7 @@ fn check(matrices: &[&Buffer], w: &Buffer, rows: usize, cols: usize) {
 
 #[inline(always)]
 fn inverse_rms_body<const FMA: bool>(x: &[f32], eps: f32) -> f32 {
-    1.0 / (sum_by::<FMA>(x, x) / x.len() as f32 + eps).sqrt()
+    1.0 / (dot::<FMA>(x, x) / x.len() as f32 + eps).sqrt()
 }
 multiversion!(fn inverse_rms(x: &[f32], eps: f32) -> f32 = inverse_rms_body);
 

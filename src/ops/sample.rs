@@ -13,7 +13,9 @@
 //! order, whose cumulative probability exceeds u. (Gumbel noise for each id would give the same distribution at the
 //! price of a random number and two logarithms for every id of the vocabulary.)
 
-use super::softmax::{BLOCK, GROUP, LogSumExp, allowed, forbidden_words, log_sum_exp_blocks, weights};
+use super::softmax::{
+    BLOCK, GROUP, LogSumExp, allowed, blocks, forbidden_words, group_maxima, log_sum_exp_blocks, weights,
+};
 use crate::device::{Backend, Buffer, SendPtr, Stream};
 use std::cell::RefCell;
 use std::cmp::Ordering;
@@ -101,16 +103,29 @@ struct How {
 #[derive(Clone, Copy)]
 struct Candidate {
     x: f32,
+    /// `exp((x - max) / T)`
+    weight: f32,
     id: u32,
 }
 
+#[derive(Default)]
+struct Scratch {
+    /// Sums of the blocks of a row.
+    sums: Vec<f32>,
+    /// The largest allowed logit of each group of 32 ids.
+    tops: Vec<f32>,
+    sorted_tops: Vec<f32>,
+    /// What truncation has left.
+    kept: Vec<Candidate>,
+}
+
 thread_local! {
-    /// Sums of the blocks of a row, and the ids that truncation has left.
-    static SCRATCH: RefCell<(Vec<f32>, Vec<Candidate>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 fn draw(row: &[f32], forbidden: &[u32], how: &How) -> (u32, f32) {
-    SCRATCH.with_borrow_mut(|(sums, candidates)| {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let sums = &mut scratch.sums;
         sums.clear();
         let lse = log_sum_exp_blocks(row, how.temperature, forbidden, |x| sums.push(x));
         if !lse.log_sum.is_finite() {
@@ -120,10 +135,10 @@ fn draw(row: &[f32], forbidden: &[u32], how: &How) -> (u32, f32) {
         let id = if how.temperature <= 0.0 {
             first_at_least(row, forbidden, lse.max)
         } else if truncated {
-            truncate(row, forbidden, how, &lse, candidates);
-            let total: f64 = candidates.iter().map(|c| weight(&lse, c)).sum();
-            let at = walk(candidates.iter().map(|c| weight(&lse, c)), how.u * total);
-            candidates[at].id as usize
+            truncate(row, forbidden, how, &lse, scratch);
+            let kept = &scratch.kept;
+            let total: f64 = kept.iter().map(|c| c.weight as f64).sum();
+            kept[walk(kept.iter().map(|c| c.weight), how.u * total)].id as usize
         } else {
             invert(row, forbidden, &lse, sums, how.u)
         };
@@ -158,15 +173,15 @@ fn invert(row: &[f32], forbidden: &[u32], lse: &LogSumExp, sums: &[f32], u: f64)
     let x = &row[block * BLOCK..row.len().min((block + 1) * BLOCK)];
     let words = &forbidden[block * (BLOCK / GROUP)..forbidden.len().min((block + 1) * (BLOCK / GROUP))];
     weights(x, words, lse.max, lse.inv_t, &mut w);
-    block * BLOCK + walk(w[..x.len()].iter().map(|&w| w as f64), rest)
+    block * BLOCK + walk(w[..x.len()].iter().copied(), rest)
 }
 
 /// The first index at which the running sum of the weights exceeds `rest`, else the last one with any weight.
-fn walk(weights: impl Iterator<Item = f64>, mut rest: f64) -> usize {
+fn walk(weights: impl Iterator<Item = f32>, mut rest: f64) -> usize {
     let mut last = 0;
     for (i, w) in weights.enumerate().filter(|(_, w)| *w > 0.0) {
         last = i;
-        rest -= w;
+        rest -= w as f64;
         if rest < 0.0 {
             break;
         }
@@ -174,63 +189,68 @@ fn walk(weights: impl Iterator<Item = f64>, mut rest: f64) -> usize {
     last
 }
 
-/// Leaves in `out` the ids that top-k, top-p and min-p keep, ascending.
+/// Leaves in `kept` the ids that top-k, top-p and min-p keep, ascending.
 ///
 /// Nothing is sorted: a lower bound on the smallest logit that can survive drops most of the vocabulary, and selections
 /// by halves find the exact cuts among the rest.
-fn truncate(row: &[f32], forbidden: &[u32], how: &How, lse: &LogSumExp, out: &mut Vec<Candidate>) {
+fn truncate(row: &[f32], forbidden: &[u32], how: &How, lse: &LogSumExp, scratch: &mut Scratch) {
+    let Scratch { tops, sorted_tops, kept, .. } = scratch;
     let top_k = if how.top_k == 0 { usize::MAX } else { how.top_k };
+    tops.resize(forbidden.len(), 0.0);
+    group_maxima(row, forbidden, tops);
     // min-p is a bound by itself: exp((x - max) / T) >= min_p. An id at the bound is decided exactly below.
     let mut floor = lse.max + how.min_p.min(1.0).ln() / lse.inv_t;
-    if top_k < forbidden.len() {
+    if top_k < tops.len() {
         // k groups have a largest logit of at least the k-th of the groups' largest, so k ids have too.
-        out.clear();
-        out.extend(
-            (0..forbidden.len()).map(|g| Candidate {
-                x: allowed(row, forbidden, g).into_iter().fold(f32::NEG_INFINITY, f32::max),
-                id: 0,
-            }),
-        );
-        let (_, kth, _) = out.select_nth_unstable_by(top_k - 1, descending);
-        floor = floor.max(kth.x);
+        sorted_tops.clone_from(tops);
+        let (_, kth, _) = sorted_tops.select_nth_unstable_by(top_k - 1, |a, b| b.total_cmp(a));
+        floor = floor.max(*kth);
     } else if how.top_p < 1.0 && top_k >= row.len() {
         // If all ids below the bound together weigh less than (1 - top_p) of the total, the nucleus is above it.
         let spare = (1.0 - how.top_p.max(0.0)) as f64 * lse.log_sum.exp() as f64 / row.len() as f64;
         floor = floor.max(lse.max + ((spare * 0.999).ln() as f32).min(0.0) / lse.inv_t);
     }
     // Room for rounding.
-    collect(row, forbidden, floor - 1e-3 * (1.0 + floor.abs()), out);
-    if top_k < out.len() {
-        out.select_nth_unstable_by(top_k - 1, descending);
-        out.truncate(top_k);
+    floor -= 1e-3 * (1.0 + floor.abs());
+    collect(row, forbidden, lse, tops, floor, kept);
+    if top_k < kept.len() {
+        kept.select_nth_unstable_by(top_k - 1, descending);
+        kept.truncate(top_k);
     }
     if how.top_p < 1.0 {
         // After top-k what is left is the whole; without it the whole is the vocabulary, dropped ids included.
         let whole =
-            if top_k < row.len() { out.iter().map(|c| weight(lse, c)).sum() } else { (lse.log_sum as f64).exp() };
-        let keep = nucleus(out, lse, how.top_p.max(0.0) as f64 * whole);
-        out.truncate(keep);
+            if top_k < row.len() { kept.iter().map(|c| c.weight as f64).sum() } else { (lse.log_sum as f64).exp() };
+        let keep = nucleus(kept, how.top_p.max(0.0) as f64 * whole);
+        kept.truncate(keep);
     }
     if how.min_p > 0.0 {
-        let bound = how.min_p.min(1.0) as f64;
-        out.retain(|c| weight(lse, c) >= bound);
+        let bound = how.min_p.min(1.0);
+        kept.retain(|c| c.weight >= bound);
     }
     // Selection has mixed the order. What was kept is all from the largest down to this one.
-    if let Some(&cut) = out.iter().max_by(|a, b| descending(a, b)) {
-        collect(row, forbidden, cut.x, out);
-        out.retain(|c| descending(c, &cut).is_le());
+    if let Some(&cut) = kept.iter().max_by(|a, b| descending(a, b)) {
+        collect(row, forbidden, lse, tops, cut.x, kept);
+        kept.retain(|c| descending(c, &cut).is_le());
     }
 }
 
 /// The allowed ids whose logit is at least `floor` (and has any probability), ascending.
-fn collect(row: &[f32], forbidden: &[u32], floor: f32, out: &mut Vec<Candidate>) {
+fn collect(row: &[f32], forbidden: &[u32], lse: &LogSumExp, tops: &[f32], floor: f32, out: &mut Vec<Candidate>) {
     out.clear();
-    for g in 0..forbidden.len() {
-        let x = allowed(row, forbidden, g);
-        let kept = |x: f32| x >= floor && x > f32::NEG_INFINITY;
-        if x.iter().any(|&x| kept(x)) {
-            let ids = x.iter().enumerate().filter(|(_, x)| kept(**x));
-            out.extend(ids.map(|(i, &x)| Candidate { x, id: (g * GROUP + i) as u32 }));
+    let floor = floor.max(f32::MIN);
+    let mut w = [0.0; BLOCK];
+    for (b, (x, words)) in blocks(row, forbidden).enumerate() {
+        let tops = &tops[b * (BLOCK / GROUP)..][..words.len()];
+        if tops.iter().all(|&top| top < floor) {
+            continue;
+        }
+        weights(x, words, lse.max, lse.inv_t, &mut w);
+        for g in (0..words.len()).filter(|&g| tops[g] >= floor) {
+            let at = g * GROUP;
+            for (i, x) in allowed(x, words, g).into_iter().enumerate().filter(|(_, x)| *x >= floor) {
+                out.push(Candidate { x, weight: w[at + i], id: (b * BLOCK + at + i) as u32 });
+            }
         }
     }
 }
@@ -240,18 +260,14 @@ fn descending(a: &Candidate, b: &Candidate) -> Ordering {
     b.x.partial_cmp(&a.x).unwrap_or(Ordering::Equal).then(a.id.cmp(&b.id))
 }
 
-fn weight(lse: &LogSumExp, c: &Candidate) -> f64 {
-    (((c.x - lse.max) * lse.inv_t) as f64).exp()
-}
-
 /// Moves to the front the fewest of the largest candidates whose weights reach `mass`, and returns how many.
-fn nucleus(c: &mut [Candidate], lse: &LogSumExp, mass: f64) -> usize {
+fn nucleus(c: &mut [Candidate], mass: f64) -> usize {
     // The answer is in lo + 1..=hi, and `before` is the weight of c[..lo], all larger than the rest.
     let (mut lo, mut hi, mut before) = (0, c.len(), 0.0);
     while hi - lo > 1 {
         let half = (hi - lo) / 2;
         c[lo..hi].select_nth_unstable_by(half, descending);
-        let upper: f64 = c[lo..lo + half].iter().map(|c| weight(lse, c)).sum();
+        let upper: f64 = c[lo..lo + half].iter().map(|c| c.weight as f64).sum();
         if before + upper >= mass {
             hi = lo + half;
         } else {
@@ -419,10 +435,10 @@ mod tests {
                 let mut want: Vec<usize> = truth(&logits, &forbidden, how).into_iter().map(|x| x.0).collect();
                 want.sort();
                 let lse = log_sum_exp(&logits, how.temperature, &forbidden);
-                let mut out = vec![];
+                let mut scratch = Scratch::default();
                 let h = How { temperature: 0.8, top_k: top_k as usize, top_p, min_p, u: 0.0 };
-                truncate(&logits, &forbidden, &h, &lse, &mut out);
-                let got: Vec<usize> = out.iter().map(|c| c.id as usize).collect();
+                truncate(&logits, &forbidden, &h, &lse, &mut scratch);
+                let got: Vec<usize> = scratch.kept.iter().map(|c| c.id as usize).collect();
                 assert_eq!(got, want, "vocabulary {v}, top_k {top_k}, top_p {top_p}, min_p {min_p}");
             }
         }

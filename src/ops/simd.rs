@@ -105,9 +105,9 @@ pub(crate) fn sum_lanes(mut v: [f32; LANES]) -> f32 {
     v[0]
 }
 
-/// `sum f(i)` for i in `0..len`: lane i % LANES adds its terms in ascending order, then the lanes are summed.
+/// `sum a[i] b[i]`: lane i % LANES adds its products in ascending order, then the lanes are summed.
 #[inline(always)]
-pub(crate) fn sum_by<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
     let mut acc = [0.0; LANES];
     let (ac, bc) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
     let (ar, br) = (ac.remainder(), bc.remainder());

@@ -134,6 +134,25 @@ fn largest_body<const FMA: bool>(row: &[f32], forbidden: &[u32]) -> f32 {
 multiversion!(fn largest(row: &[f32], forbidden: &[u32]) -> f32 = largest_body);
 
 #[inline(always)]
+fn group_maxima_body<const FMA: bool>(row: &[f32], forbidden: &[u32], tops: &mut [f32]) {
+    for g in 0..forbidden.len() {
+        let mut v = allowed(row, forbidden, g);
+        let mut n = GROUP / 2;
+        while n > 0 {
+            for i in 0..n {
+                v[i] = if v[i + n] > v[i] { v[i + n] } else { v[i] };
+            }
+            n /= 2;
+        }
+        tops[g] = v[0];
+    }
+}
+multiversion!(
+    /// The largest allowed logit of each group; there is no NaN in the row.
+    pub(super) fn group_maxima(row: &[f32], forbidden: &[u32], tops: &mut [f32]) = group_maxima_body
+);
+
+#[inline(always)]
 fn block_sum_body<const FMA: bool>(x: &[f32], words: &[u32], max: f32, inv_t: f32) -> f32 {
     let mut acc = [0.0f32; GROUP];
     for g in 0..words.len() {
