@@ -131,7 +131,7 @@ fn disk(dir: &Path) -> Finding {
     if status != 0 {
         return Warn(format!("{}: free space unknown", at.display()), "look at it yourself (df)");
     }
-    let free = space.f_bavail as u64 * space.f_frsize as u64;
+    let free = space.f_bavail * space.f_frsize;
     let text = format!("{:.1} GiB free for {}", gib(free), dir.display());
     match free {
         f if f < 2 << 30 => Warn(text, "checkpoints of larger models will not fit"),
