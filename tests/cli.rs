@@ -81,12 +81,21 @@ fn report_names_what_it_wrote_or_what_is_wrong() {
 
 #[test]
 fn doctor_says_where_it_hurts() {
-    let o = varft(&["doctor", "--dir", "/proc/nothing"]);
+    let o = Command::new(env!("CARGO_BIN_EXE_varft"))
+        .args(["doctor", "--dir", "/proc/nothing"])
+        .env("VARFT_PYTHON", "/no/such/python")
+        .output()
+        .unwrap();
     assert_eq!(o.status.code(), Some(1), "{}", stdout(&o));
     assert!(stdout(&o).lines().any(|l| l.starts_with("fail  disk") && l.contains("--dir")), "{}", stdout(&o));
+    assert!(
+        stdout(&o).lines().any(|l| l.starts_with("warn  python") && l.contains("/no/such/python")),
+        "{}",
+        stdout(&o)
+    );
     assert!(stderr(&o).contains("disk"), "{}", stderr(&o));
     let out = stdout(&o);
-    for check in ["cores", "simd", "memory", "kernels"] {
+    for check in ["cores", "simd", "memory", "kernels", "python"] {
         assert!(out.lines().any(|l| l.split_whitespace().nth(1) == Some(check)), "{out}");
     }
 }
