@@ -5,7 +5,6 @@
 
 mod doctor;
 mod init;
-mod inspect;
 mod report;
 
 use clap::{Parser, Subcommand};
@@ -27,7 +26,6 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Init(init::Args),
-    Inspect(inspect::Args),
     Report(report::Args),
     Doctor(doctor::Args),
 }
@@ -36,7 +34,6 @@ enum Command {
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Init(args) => init::run(&args),
-        Command::Inspect(args) => inspect::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };

@@ -1,1 +1,334 @@
-//! engine
+//! Rollouts: token ids and images in, token ids and log-probabilities out.
+//!
+//! [`Engine::start`] takes a model and owns one thread, which owns the KV cache, the schedule and a stream of the device.
+//! Handles talk to it over channels and may be used from any thread:
+//!
+//! - [`Engine::generate`]: `n` samples of one prompt, which is computed once;
+//! - [`Engine::session`]: a [`Session`] that keeps its keys and values from turn to turn, for agents;
+//! - [`Engine::pause`]: holds the engine still while weights change in place.
+//!
+//! How it works: continuous batching with prompts cut into chunks beside what decodes (Orca, OSDI '22; Sarathi,
+//! arXiv 2308.16369), a paged KV cache (vLLM, arXiv 2309.06180) whose full pages are shared by content, images encoded once
+//! and kept by content hash, recomputation where memory runs out. Every key of every cache contains the weight epoch.
+//!
+//! None of it shows in the results: a sequence's log-probabilities have the same bits alone, in a batch, through the
+//! caches, after preemption, and in the trainer, and a seed gives the same tokens whatever else runs.
+
+mod blocks;
+mod generation;
+mod plan;
+mod runner;
+mod sampling;
+mod scheduler;
+mod sequence;
+mod session;
+#[cfg(test)]
+mod simulation;
+mod stats;
+mod vision;
+mod worker;
+
+pub use generation::{Generation, Sampled};
+pub use sampling::{Completion, Finish, Sampling};
+pub use session::{Request, Session};
+pub use stats::Stats;
+
+use crate::input::{Prompt, Tokenizer};
+use crate::model::{Config, Model};
+use crate::ops::kv_cache::{BLOCK, KvCache};
+use crate::{Error, Result};
+use generation::{Link, Writer};
+use runner::Runner;
+use scheduler::{Limits, Scheduler};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use worker::{Command, Worker};
+
+/// What an engine may use, and what it may say.
+#[derive(Clone)]
+pub struct EngineOptions {
+    /// Bytes for keys and values.
+    pub kv_bytes: usize,
+    /// Bytes for encoded images.
+    pub vision_bytes: usize,
+    /// Longest sequence, in tokens. What the model was made for and what `kv_bytes` holds bound it too.
+    pub max_context: usize,
+    /// Most sequences in one step; others wait.
+    pub max_sequences: usize,
+    /// Most tokens in one step: those of decoding sequences and chunks of prompts.
+    pub step_tokens: usize,
+    /// Most image patches (14 x 14 pixels, four to a token) encoded in one step, and so the largest image.
+    pub step_patches: usize,
+    /// Ids that are never sampled. `None`: the [`placeholders`]. The trainer's softmax must leave out the same ids
+    /// ([`Engine::forbidden`]).
+    pub forbidden: Option<Vec<u32>>,
+    /// For stop strings, and to know the placeholders by name.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+}
+
+impl Default for EngineOptions {
+    /// 1 GiB of keys and values, 256 MiB of images, 16,384 tokens of context, 64 sequences, 512 tokens and 8,192 patches a
+    /// step, placeholders forbidden, no tokenizer.
+    fn default() -> EngineOptions {
+        EngineOptions {
+            kv_bytes: 1 << 30,
+            vision_bytes: 256 << 20,
+            max_context: 16_384,
+            max_sequences: 64,
+            step_tokens: 512,
+            step_patches: 8192,
+            forbidden: None,
+            tokenizer: None,
+        }
+    }
+}
+
+/// The ids that stand for pictures and mean nothing as text, ascending: what a rollout must not sample, because whoever
+/// reads the tokens back would look for an image there.
+pub fn placeholders(config: &Config, tokenizer: Option<&Tokenizer>) -> Vec<u32> {
+    let t = &config.tokens;
+    let mut ids = vec![t.image, t.video, t.vision_start, t.vision_end];
+    ids.extend(tokenizer.into_iter().flat_map(|t| t.special().placeholders()));
+    ids.retain(|&id| (id as usize) < config.vocab_size);
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
+/// What handles need to know of their engine.
+struct Client {
+    commands: Sender<Command>,
+    link: Arc<Link>,
+    ids: AtomicU64,
+    image_token: u32,
+    vocab_size: usize,
+    max_context: usize,
+    /// Largest image, in patches, and what bounds it.
+    max_patches: (usize, &'static str),
+    has_tokenizer: bool,
+}
+
+impl Client {
+    fn send(&self, command: Command) -> Result<()> {
+        self.commands.send(command).map_err(|_| self.link.stopped())
+    }
+
+    fn next_id(&self) -> u64 {
+        self.ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Whether `prompt` may follow `past` tokens.
+    fn check_prompt(&self, prompt: &Prompt, past: usize) -> Result<()> {
+        prompt.validate(self.image_token)?;
+        if let Some((i, id)) = prompt.tokens.iter().enumerate().find(|&(_, &id)| id as usize >= self.vocab_size) {
+            return Err(Error::input(
+                format!("token {i} of the prompt is {id}, but the model knows {} ids", self.vocab_size),
+                "use the tokenizer that belongs to the model",
+            ));
+        }
+        let (most, option) = self.max_patches;
+        if let Some(s) = prompt.images.iter().find(|s| s.image.grid.patches() > most) {
+            return Err(Error::limit(
+                format!(
+                    "an image of {} x {} pixels has {} patches, but this engine takes {most} at most",
+                    s.image.width,
+                    s.image.height,
+                    s.image.grid.patches()
+                ),
+                format!("resize images to fewer pixels, or raise EngineOptions::{option}"),
+            ));
+        }
+        if past + prompt.len() >= self.max_context {
+            return Err(self.too_long(past + prompt.len(), 1));
+        }
+        Ok(())
+    }
+
+    fn too_long(&self, tokens: usize, more: usize) -> Error {
+        Error::limit(
+            format!("{tokens} tokens and {more} to sample do not fit the context of {} tokens", self.max_context),
+            "shorten the prompt, or raise EngineOptions::max_context and EngineOptions::kv_bytes as far as the model allows",
+        )
+    }
+}
+
+/// A model at work. Dropping it stops its thread; what is then still being sampled ends with an error.
+pub struct Engine {
+    client: Arc<Client>,
+    stats: Arc<Mutex<Stats>>,
+    forbidden: Vec<u32>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Engine {
+    /// Plans all device memory for `options` and starts the engine's thread.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] if the budgets hold nothing, [`Error::Input`] if `forbidden` does not fit the vocabulary.
+    pub fn start(model: Arc<Model>, options: EngineOptions) -> Result<Engine> {
+        let c = &model.config;
+        let per_block = KvCache::bytes_per_block(c.layers, c.kv_heads, c.head_dim());
+        let blocks = options.kv_bytes / per_block;
+        let max_context = options.max_context.min(c.max_position_embeddings).min(blocks * BLOCK);
+        if max_context < 2 || options.max_sequences == 0 || options.step_tokens == 0 {
+            return Err(Error::limit(
+                format!(
+                    "kv_bytes = {} (one page of {BLOCK} tokens takes {per_block}), max_context = {}, max_sequences = {} and \
+                     step_tokens = {} leave no room for a single sequence",
+                    options.kv_bytes, options.max_context, options.max_sequences, options.step_tokens
+                ),
+                "raise what is too small in EngineOptions",
+            ));
+        }
+        let forbidden = match options.forbidden {
+            Some(mut ids) => {
+                ids.sort_unstable();
+                ids.dedup();
+                ids
+            }
+            None => placeholders(c, options.tokenizer.as_deref()),
+        };
+        if forbidden.last().is_some_and(|&id| id as usize >= c.vocab_size) || forbidden.len() >= c.vocab_size {
+            return Err(Error::input(
+                format!("EngineOptions::forbidden does not fit a vocabulary of {} ids", c.vocab_size),
+                "forbid ids of this model's vocabulary, and not all of them",
+            ));
+        }
+        let vision_rows = options.vision_bytes / (c.hidden_size * size_of::<f32>()) / vision::PAGE * vision::PAGE;
+        let in_cache = vision_rows * 4;
+        let max_patches = if in_cache < options.step_patches {
+            (in_cache, "vision_bytes")
+        } else {
+            (options.step_patches, "step_patches")
+        };
+        let limits = Limits {
+            block: BLOCK,
+            max_len: max_context,
+            step_tokens: options.step_tokens,
+            step_patches: options.step_patches,
+            max_sequences: options.max_sequences,
+        };
+        let has_tokenizer = options.tokenizer.is_some();
+        let (commands, inbox) = channel();
+        let link = Arc::new(Link::default());
+        let client = Arc::new(Client {
+            commands,
+            link: link.clone(),
+            ids: AtomicU64::new(0),
+            image_token: c.tokens.image,
+            vocab_size: c.vocab_size,
+            max_context,
+            max_patches,
+            has_tokenizer,
+        });
+        let runner = Runner::new(model.clone(), &limits, blocks, vision_rows, &forbidden);
+        let scheduler = Scheduler::new(limits, blocks, vision_rows, options.tokenizer);
+        let stats = Arc::new(Mutex::new(Stats::default()));
+        let worker = Worker::new(inbox, scheduler, runner, stats.clone(), link.clone());
+        let thread =
+            std::thread::Builder::new().name("varft-engine".into()).spawn(move || run(worker, &link)).map_err(|e| {
+                Error::limit(format!("cannot start the engine's thread: {e}"), "free some memory or threads")
+            })?;
+        Ok(Engine { client, stats, forbidden, thread: Some(thread) })
+    }
+
+    /// Submits a request; one handle for each of its samples.
+    ///
+    /// # Errors
+    /// As [`Session::append`] and [`Session::generate`].
+    pub fn generate(&self, request: Request) -> Result<Vec<Generation>> {
+        let Request { prompt, sampling, n } = request;
+        if prompt.is_empty() {
+            return Err(Error::input("a request without tokens", "give it a prompt"));
+        }
+        self.client.check_prompt(&prompt, 0)?;
+        sampling.check(self.client.has_tokenizer)?;
+        let mut samples = Vec::with_capacity(n);
+        let mut handles = Vec::with_capacity(n);
+        for i in 0..n {
+            let (writer, feed) = Writer::new(self.client.link.clone());
+            let own = Sampling { stream: sampling.stream.wrapping_add(i as u64), ..sampling.clone() };
+            samples.push((self.client.next_id(), Arc::new(own), writer));
+            handles.push(Generation { feed, read: 0 });
+        }
+        self.client.send(Command::Request { samples, prompt })?;
+        Ok(handles)
+    }
+
+    /// Opens an empty session.
+    pub fn session(&self) -> Session {
+        Session { client: self.client.clone(), id: self.client.next_id(), history: Prompt::default(), last: None }
+    }
+
+    /// Waits until the device is idle and holds the engine still until the guard is dropped. Sessions and turns keep
+    /// their tokens and go on afterwards. Requests made meanwhile wait.
+    pub fn pause(&self) -> Result<Paused<'_>> {
+        let (idle, acknowledged) = channel();
+        let (hold, release): (Sender<()>, Receiver<()>) = channel();
+        self.client.send(Command::Pause { idle, release })?;
+        acknowledged.recv().map_err(|_| self.client.link.stopped())?;
+        Ok(Paused { engine: self, hold })
+    }
+
+    /// The engine's figures after its last step.
+    pub fn stats(&self) -> Stats {
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The ids that are never sampled, ascending: what the trainer's softmax leaves out.
+    pub fn forbidden(&self) -> &[u32] {
+        &self.forbidden
+    }
+
+    /// Longest sequence, in tokens.
+    pub fn max_context(&self) -> usize {
+        self.client.max_context
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // A thread that has failed needs no message.
+        let _ = self.client.send(Command::Shutdown);
+        if let Some(t) = self.thread.take() {
+            let _ = t.join();
+        }
+    }
+}
+
+/// The body of the engine's thread. A failure is noted before the worker, and with it every waiting handle, is let go.
+fn run(mut worker: Worker, link: &Link) {
+    let failure = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.serve())) {
+        Ok(Ok(())) => None,
+        Ok(Err(e)) => Some(e.to_string()),
+        Err(panic) => Some(
+            panic
+                .downcast_ref::<String>()
+                .cloned()
+                .or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()))
+                .unwrap_or_else(|| "its thread panicked".into()),
+        ),
+    };
+    if let Some(why) = failure {
+        let _ = link.failure.set(why);
+    }
+}
+
+/// An engine that holds still; dropping it lets the engine go on.
+pub struct Paused<'a> {
+    engine: &'a Engine,
+    hold: Sender<()>,
+}
+
+impl Paused<'_> {
+    /// Says that the model's weights are others now. Everything cached is forgotten, and the weight epoch rises; sessions
+    /// and turns under way are computed again from their tokens when they next run.
+    ///
+    /// # Errors
+    /// If the engine has ended.
+    pub fn weights_changed(&self) -> Result<()> {
+        self.hold.send(()).map_err(|_| self.engine.client.link.stopped())
+    }
+}

@@ -1,0 +1,418 @@
+//! The scheduler against a model of the device: pages, an arena, and a "network" that folds every token, image row and
+//! position into one number. Whatever is scheduled, every token drawn must be the one that the bare sequence gives.
+
+use super::generation::{Feed, Link, Writer};
+use super::plan::{Draw, Plan};
+use super::sampling::{Completion, Finish, Sampling};
+use super::scheduler::{Limits, Scheduler};
+use crate::input::{Image, Prompt};
+use crate::model::positions::{self, Positions, Span};
+use crate::ops::embedding::NO_TOKEN;
+use std::sync::Arc;
+
+const BLOCK: usize = 4;
+const PAD: u32 = 9;
+
+fn mix(a: u64, b: u64) -> u64 {
+    let mut x = a.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ b.wrapping_add(0xD1B5_4A32_D192_ED03);
+    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    x ^ (x >> 27)
+}
+
+struct Rng(u64);
+impl Rng {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = mix(self.0, 1);
+        (self.0 >> 20) as usize % n.max(1)
+    }
+}
+
+fn image_row(image: &Image, i: usize, weights: u64) -> u64 {
+    mix(mix(u64::from_le_bytes(image.hash.0[..8].try_into().unwrap()), i as u64), weights)
+}
+
+/// State after one more token.
+fn fold(before: u64, what: u64, position: [u32; 3], weights: u64) -> u64 {
+    position.iter().fold(mix(mix(before, what), weights), |h, &p| mix(h, p as u64))
+}
+
+fn drawn(state: u64, sampling: &Sampling, position: usize) -> (u32, f32) {
+    let h = mix(mix(mix(state, sampling.seed), sampling.stream), position as u64);
+    (10 + (h % 50) as u32, (h % 1000) as f32)
+}
+
+/// What a sequence gives on its own.
+fn reference(prompt: &Prompt, sampling: &Sampling, max_len: usize, weights: u64) -> (Vec<u32>, Vec<f32>, Finish) {
+    let spans: Vec<Span> = (prompt.images.iter())
+        .map(|s| Span { offset: s.offset, grid_h: s.image.grid.h, grid_w: s.image.grid.w })
+        .collect();
+    let mut at = Positions::default();
+    let mut next = positions::extend(0, prompt.len(), &spans, &mut at);
+    let mut state = 0;
+    for (i, &token) in prompt.tokens.iter().enumerate() {
+        let what = match prompt.span_at(i) {
+            Some(s) => image_row(&s.image, i - s.offset, weights),
+            None => token as u64,
+        };
+        state = fold(state, what, [at[0][i], at[1][i], at[2][i]], weights);
+    }
+    let (mut tokens, mut logprobs) = (Vec::new(), Vec::new());
+    loop {
+        if tokens.len() >= sampling.max_tokens {
+            return (tokens, logprobs, Finish::Length);
+        }
+        if prompt.len() + tokens.len() >= max_len {
+            return (tokens, logprobs, Finish::Context);
+        }
+        let (token, logprob) = drawn(state, sampling, prompt.len() + tokens.len());
+        tokens.push(token);
+        logprobs.push(logprob);
+        if sampling.stop_ids.contains(&token) {
+            return (tokens, logprobs, Finish::Stop(token));
+        }
+        state = fold(state, token as u64, [next; 3], weights);
+        next += 1;
+    }
+}
+
+struct Device {
+    /// `None`: never written, or written under other weights.
+    slots: Vec<Option<u64>>,
+    arena: Vec<Option<u64>>,
+    weights: u64,
+    limits: Limits,
+}
+
+impl Device {
+    fn run(&mut self, p: &Plan) -> (Vec<u32>, Vec<f32>) {
+        for &(from, to) in &p.copies {
+            assert_ne!(from, to);
+            for i in 0..BLOCK {
+                self.slots[to as usize * BLOCK + i] = self.slots[from as usize * BLOCK + i];
+            }
+        }
+        let mut rows = p.encode_rows.iter();
+        assert!(p.encode.iter().map(|i| i.grid.patches()).sum::<usize>() <= self.limits.step_patches);
+        for image in &p.encode {
+            for i in 0..image.tokens() {
+                self.arena[*rows.next().unwrap() as usize] = Some(image_row(image, i, self.weights));
+            }
+        }
+        assert!(rows.next().is_none());
+        let input = &p.input;
+        assert!(input.ids.len() <= self.limits.step_tokens);
+        assert!(input.kv_lens.len() <= self.limits.max_sequences && p.draws.len() <= self.limits.max_sequences);
+        let mut images = input.image_rows.iter().zip(&input.image_sources).peekable();
+        let mut states = vec![0; input.ids.len()];
+        let mut written = std::collections::HashSet::new();
+        for (n, table) in input.block_tables.iter().enumerate() {
+            let (first, end) = (input.cu_seqlens_q[n] as usize, input.cu_seqlens_q[n + 1] as usize);
+            let from = input.kv_lens[n] as usize - (end - first);
+            let slot = |i: usize| table[i / BLOCK] as usize * BLOCK + i % BLOCK;
+            let mut state = if from == 0 { 0 } else { self.slots[slot(from - 1)].expect("a page that was written") };
+            for (row, out) in states.iter_mut().enumerate().take(end).skip(first) {
+                let what = match images.next_if(|(r, _)| **r as usize == row) {
+                    Some((_, &source)) => {
+                        assert_eq!(input.ids[row], NO_TOKEN);
+                        self.arena[source as usize].expect("an image that was encoded")
+                    }
+                    None => input.ids[row] as u64,
+                };
+                let position = [input.positions[0][row], input.positions[1][row], input.positions[2][row]];
+                state = fold(state, what, position, self.weights);
+                assert_eq!(input.slots[row] as usize, slot(from + row - first));
+                assert!(written.insert(input.slots[row]), "two rows of one step write one slot");
+                self.slots[input.slots[row] as usize] = Some(state);
+                *out = state;
+            }
+        }
+        assert!(images.next().is_none());
+        let draw = |d: &Draw| drawn(states[d.row as usize], &d.sampling, d.position as usize);
+        p.draws.iter().map(draw).unzip()
+    }
+}
+
+struct Simulation {
+    scheduler: Scheduler,
+    device: Device,
+    running: Option<(Plan, Vec<u32>, Vec<f32>)>,
+    link: Arc<Link>,
+    stalls: usize,
+}
+
+impl Simulation {
+    fn new(limits: Limits, pages: usize, vision_rows: usize) -> Simulation {
+        let scheduler = Scheduler::new(limits, pages, vision_rows, None);
+        let device =
+            Device { slots: vec![None; pages * BLOCK], arena: vec![None; scheduler.vision.rows()], weights: 0, limits };
+        Simulation { scheduler, device, running: None, link: Arc::default(), stalls: 0 }
+    }
+
+    fn generate(&mut self, id: u64, sampling: &Sampling, ephemeral: bool, leader: Option<u64>) -> Arc<Feed> {
+        let (writer, feed) = Writer::new(self.link.clone());
+        self.scheduler.begin_turn(id, Arc::new(sampling.clone()), writer, ephemeral, leader);
+        feed
+    }
+
+    fn settle(&mut self) -> Option<Vec<u32>> {
+        let (plan, tokens, logprobs) = self.running.take()?;
+        self.scheduler.settle(&plan.draws, &tokens, &logprobs);
+        Some(tokens)
+    }
+
+    /// One round of the engine's loop, in its order.
+    fn step(&mut self) {
+        let mut plan = Plan::default();
+        self.scheduler.plan(&mut plan);
+        let drawn = self.settle();
+        self.scheduler.announce();
+        if plan.is_empty() {
+            self.stalls = if drawn.is_some() || !self.scheduler.busy() { 0 } else { self.stalls + 1 };
+            assert!(self.stalls <= 2, "nothing can go on");
+            return;
+        }
+        self.stalls = 0;
+        for &(row, draw) in &plan.patches {
+            plan.input.ids[row] = drawn.as_ref().unwrap()[draw];
+        }
+        let (tokens, logprobs) = self.device.run(&plan);
+        self.running = Some((plan, tokens, logprobs));
+    }
+
+    fn change_weights(&mut self) {
+        self.settle();
+        self.device.weights += 1;
+        self.scheduler.change_epoch();
+        self.device.slots.fill(None);
+        self.device.arena.fill(None);
+    }
+}
+
+fn picture(kind: usize) -> Arc<Image> {
+    let (h, w) = [(1, 2), (2, 3), (3, 3), (1, 1)][kind % 4];
+    Arc::new(Image::from_resized(vec![kind as u8; h * w * 784 * 3], h * 28, w * 28, 14, (1, 1)).unwrap())
+}
+
+fn random_prompt(rng: &mut Rng, longest: usize) -> Prompt {
+    let mut p = Prompt::default();
+    // Few beginnings and few images, so that prefixes are found.
+    let kind = rng.below(3) as u32;
+    let parts = 1 + rng.below(4);
+    for part in 0..parts {
+        let text = 1 + rng.below(6);
+        p.tokens.extend((0..text as u32).map(|i| 10 + kind + i % 3 + part as u32));
+        if rng.below(2) == 0 {
+            p.push_image(picture(rng.below(6)), PAD);
+        }
+    }
+    p.tokens.push(10 + rng.below(4) as u32);
+    p.truncate(longest);
+    p
+}
+
+struct Live {
+    id: u64,
+    history: Prompt,
+    turn: Option<(Arc<Feed>, Sampling, u64)>,
+}
+
+fn check(completion: Completion, history: &Prompt, sampling: &Sampling, max_len: usize, weights: Option<u64>) {
+    let Completion { tokens, logprobs, finish, .. } = completion;
+    let Some(weights) = weights else { return };
+    let (t, l, f) = reference(history, sampling, max_len, weights);
+    if finish == Finish::Cancelled {
+        assert_eq!((&tokens[..], &logprobs[..]), (&t[..tokens.len()], &l[..tokens.len()]));
+    } else {
+        assert_eq!((tokens, logprobs, finish), (t, l, f));
+    }
+}
+
+/// One random schedule; returns (tokens preempted or retracted, prefix hits, image hits).
+fn random_schedule(seed: u64) -> (u64, u64, u64) {
+    let mut rng = Rng(seed);
+    let max_len = 24 + rng.below(40);
+    let limits = Limits {
+        block: BLOCK,
+        max_len,
+        step_tokens: 1 + rng.below(24),
+        step_patches: 36 + rng.below(40),
+        max_sequences: 1 + rng.below(5),
+    };
+    // From room for everybody down to room for one.
+    let pages = max_len.div_ceil(BLOCK) + [0, 1, 4, 60][rng.below(4)];
+    let mut sim = Simulation::new(limits, pages, 40 + rng.below(100));
+    let mut live: Vec<Live> = Vec::new();
+    let mut requests: Vec<(Arc<Feed>, Prompt, Sampling, u64)> = Vec::new();
+    let mut ids = 0..;
+    for round in 0..150 {
+        let weights = sim.device.weights;
+        let action = if round < 110 { rng.below(12) } else { 99 };
+        let sampling = Sampling {
+            max_tokens: rng.below(12),
+            stop_ids: vec![10 + rng.below(50) as u32, 17],
+            seed: rng.below(3) as u64,
+            stream: rng.below(3) as u64,
+            ..Sampling::default()
+        };
+        match action {
+            0 => live.push(Live { id: ids.next().unwrap(), history: Prompt::default(), turn: None }),
+            1..=4 if !live.is_empty() => {
+                let i = rng.below(live.len());
+                let l = &mut live[i];
+                if l.turn.is_none() {
+                    let room = max_len.saturating_sub(l.history.len() + 2);
+                    let p = random_prompt(&mut rng, room);
+                    if !p.is_empty() && l.history.len() + p.len() < max_len {
+                        sim.scheduler.append(l.id, &p);
+                        l.history.append(&p);
+                    }
+                    if !l.history.is_empty() && l.history.len() < max_len {
+                        let feed = sim.generate(l.id, &sampling, false, None);
+                        l.turn = Some((feed, sampling, weights));
+                    }
+                }
+            }
+            5 if !live.is_empty() => {
+                let parent = &live[rng.below(live.len())];
+                if parent.turn.is_none() && !parent.history.is_empty() {
+                    let child = Live { id: ids.next().unwrap(), history: parent.history.clone(), turn: None };
+                    sim.scheduler.fork(parent.id, child.id);
+                    live.push(child);
+                }
+            }
+            6 if !live.is_empty() => {
+                let l = live.swap_remove(rng.below(live.len()));
+                sim.scheduler.close(l.id);
+            }
+            7 | 8 => {
+                let prompt = random_prompt(&mut rng, max_len - 1);
+                let mut leader = None;
+                for stream in 0..1 + rng.below(4) as u64 {
+                    let (id, s) = (ids.next().unwrap(), Sampling { stream, ..sampling.clone() });
+                    sim.scheduler.append(id, &prompt);
+                    let feed = sim.generate(id, &s, true, leader);
+                    leader = leader.or(Some(id));
+                    requests.push((feed, prompt.clone(), s, weights));
+                }
+            }
+            9 if rng.below(8) == 0 => sim.change_weights(),
+            10 if !requests.is_empty() => {
+                let r = &requests[rng.below(requests.len())];
+                drop(super::Generation { feed: r.0.clone(), read: 0 });
+                sim.scheduler.drop_cancelled();
+            }
+            11 if !live.is_empty() => {
+                if let Some((feed, ..)) = &live[rng.below(live.len())].turn {
+                    drop(super::Generation { feed: feed.clone(), read: 0 });
+                    sim.scheduler.drop_cancelled();
+                }
+            }
+            _ => {}
+        }
+        for _ in 0..if round == 149 { 3000 } else { rng.below(4) } {
+            sim.step();
+        }
+        let weights = sim.device.weights;
+        for l in live.iter_mut().filter(|l| l.turn.as_ref().is_some_and(|t| t.0.finished())) {
+            let (feed, sampling, since) = l.turn.take().unwrap();
+            let completion = feed.wait().unwrap();
+            let tokens = completion.tokens.clone();
+            check(completion, &l.history, &sampling, max_len, (since == weights).then_some(weights));
+            l.history.tokens.extend(tokens);
+        }
+        requests.retain(|(feed, prompt, sampling, since)| {
+            if feed.finished() {
+                check(feed.wait().unwrap(), prompt, sampling, max_len, (*since == weights).then_some(weights));
+            }
+            !feed.finished()
+        });
+    }
+    assert!(requests.is_empty() && live.iter().all(|l| l.turn.is_none()), "everything ends");
+    live.iter().for_each(|l| sim.scheduler.close(l.id));
+    assert_eq!(sim.scheduler.blocks.free(), pages, "every page comes back");
+    assert_eq!(sim.scheduler.gauges(), (0, 0, 0));
+    let c = sim.scheduler.counters;
+    (c.retracted_tokens, c.prefix_hit_tokens, c.vision_hits)
+}
+
+#[test]
+fn every_schedule_gives_each_sequence_its_own_tokens() {
+    let mut all = (0, 0, 0);
+    for seed in 0..400 {
+        let got = std::panic::catch_unwind(|| random_schedule(seed))
+            .unwrap_or_else(|_| panic!("schedule {seed} failed; see above"));
+        all = (all.0 + got.0, all.1 + got.1, all.2 + got.2);
+    }
+    assert!(all.0 > 1000 && all.1 > 1000 && all.2 > 1000, "the schedules exercise too little: {all:?}");
+}
+
+fn limits(max_len: usize) -> Limits {
+    Limits { block: BLOCK, max_len, step_tokens: 8, step_patches: 100, max_sequences: 8 }
+}
+
+fn run_until(sim: &mut Simulation, feeds: &[&Arc<Feed>]) {
+    for _ in 0..1000 {
+        if feeds.iter().all(|f| f.finished()) {
+            return;
+        }
+        sim.step();
+    }
+    panic!("not finished");
+}
+
+#[test]
+fn a_second_turn_computes_only_what_is_new() {
+    let mut sim = Simulation::new(limits(100), 50, 64);
+    let p = Prompt::from_tokens((10..30).collect());
+    sim.scheduler.append(0, &p);
+    let sampling = Sampling { max_tokens: 6, ..Sampling::default() };
+    let feed = sim.generate(0, &sampling, false, None);
+    run_until(&mut sim, &[&feed]);
+    sim.scheduler.append(0, &Prompt::from_tokens(vec![40, 41]));
+    sim.generate(0, &sampling, false, None);
+    let mut plan = Plan::default();
+    sim.scheduler.plan(&mut plan);
+    // The last sampled token, whose keys and values were not needed before, and the two new ones.
+    assert_eq!((plan.rows(), plan.prefill_tokens, plan.input.kv_lens[0]), (3, 3, 28));
+}
+
+#[test]
+fn samples_of_one_prompt_compute_it_once() {
+    let mut sim = Simulation::new(limits(100), 80, 64);
+    let mut p = random_prompt(&mut Rng(5), 60);
+    p.push_image(picture(2), PAD);
+    p.tokens.extend([20; 11]);
+    let mut feeds = Vec::new();
+    for stream in 0..5 {
+        sim.scheduler.append(stream, &p);
+        let sampling = Sampling { stream, max_tokens: 3, ..Sampling::default() };
+        feeds.push(sim.generate(stream, &sampling, true, (stream > 0).then_some(0)));
+    }
+    let mut rows = 0;
+    while !feeds.iter().all(|f| f.finished()) {
+        sim.step();
+        rows += sim.running.as_ref().map_or(0, |(plan, ..)| plan.prefill_tokens);
+    }
+    assert_eq!(rows, p.len() + 4, "the prompt, and its last token once more for each other sample");
+}
+
+#[test]
+fn parked_sessions_are_the_first_victims_and_come_back_right() {
+    let mut sim = Simulation::new(limits(40), 10, 64);
+    let parked = Prompt::from_tokens((10..34).collect());
+    sim.scheduler.append(0, &parked);
+    let sampling = Sampling { max_tokens: 4, ..Sampling::default() };
+    let first = sim.generate(0, &sampling, false, None);
+    run_until(&mut sim, &[&first]);
+    let other = Prompt::from_tokens((50..80).collect());
+    sim.scheduler.append(1, &other);
+    let second = sim.generate(1, &sampling, false, None);
+    run_until(&mut sim, &[&second]);
+    assert!(sim.scheduler.counters.retracted_tokens > 0);
+    assert_eq!(sim.scheduler.counters.preemptions, 0, "nobody who ran was stopped");
+    let mut history = parked;
+    history.tokens.extend(first.wait().unwrap().tokens);
+    let again = sim.generate(0, &sampling, false, None);
+    run_until(&mut sim, &[&again]);
+    check(again.wait().unwrap(), &history, &sampling, 40, Some(0));
+}
