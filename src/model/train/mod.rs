@@ -11,6 +11,8 @@
 mod backward;
 mod batch;
 mod memory;
+#[cfg(test)]
+mod tests;
 
 pub use backward::backward;
 pub use batch::{Group, TrainBatch};

@@ -1,0 +1,185 @@
+//! What must hold whatever the weights: bits that do not depend on sharing, company, threads or memory plan.
+
+use super::*;
+use crate::device::Device;
+use crate::input::{Image, Prompt};
+use crate::model::{Config, LoadOptions, Preset};
+use crate::ops::patch_embed::PATCH;
+use std::sync::Arc;
+
+fn model(device: &Device, freeze_vision: bool) -> Model {
+    let options = LoadOptions { freeze_vision, progress: false };
+    Model::random(Preset::Tiny.config(), 5, device, &options).unwrap()
+}
+
+fn image(seed: usize, h: usize, w: usize) -> Arc<Image> {
+    let pixels = (0..h * w * 3 * PATCH * PATCH * 4).map(|i| ((i * 37 + i / 91 * seed + seed) % 251) as u8).collect();
+    Arc::new(Image::from_resized(pixels, 2 * h * PATCH, 2 * w * PATCH, PATCH, (1, 1)).unwrap())
+}
+
+fn text(from: u32, n: u32) -> Prompt {
+    Prompt::from_tokens((0..n).map(|i| (from + 7 * i) % 500).collect())
+}
+
+/// A prompt of 37 tokens and more with an image, and completions, one of which shows two images, one of them again.
+fn group(c: &Config) -> Group {
+    let (a, b) = (image(1, 3, 5), image(2, 2, 2));
+    let mut prompt = text(3, 20);
+    prompt.push_image(a.clone(), c.tokens.image);
+    prompt.append(&text(9, 17));
+    let mut second = text(40, 6);
+    second.push_image(b, c.tokens.image);
+    second.append(&text(4, 3));
+    second.push_image(a, c.tokens.image);
+    second.append(&text(8, 40));
+    Group { prompt, completions: vec![text(100, 9), second, text(300, 1)] }
+}
+
+/// One group as sequences of their own, each with its own copy of the prompt.
+fn apart(g: &Group) -> Vec<Group> {
+    g.completions.iter().map(|c| Group { prompt: g.prompt.clone(), completions: vec![c.clone()] }).collect()
+}
+
+struct Run {
+    hidden: Vec<f32>,
+    grads: Vec<f32>,
+    batch: TrainBatch,
+}
+
+/// Forward and backward with a gradient at the completions' rows that depends on group, completion and token only.
+fn run(m: &Model, groups: &[Group], plan: Option<MemoryPlan>, of: impl Fn(usize, usize) -> usize) -> Run {
+    let (d, h) = (m.device(), m.config.hidden_size);
+    let s = d.stream();
+    let batch = TrainBatch::pack(&m.config, d, &s, groups).unwrap();
+    let mut acts = match plan {
+        Some(plan) => Activations::new(m, plan, &batch),
+        None => Activations::forward_only(m, &batch),
+    };
+    let hidden = forward(m, &s, &batch, &mut acts).unwrap();
+    let values = s.read::<f32>(&hidden.view(0, batch.rows() * h)).wait().unwrap();
+    let grads = GradStore::new(m);
+    if plan.is_some() {
+        let mut dhidden = vec![0.0f32; batch.rows() * h];
+        for (g, group) in groups.iter().enumerate() {
+            for (c, completion) in group.completions.iter().enumerate() {
+                for i in 0..completion.tokens.len() {
+                    let row = &mut dhidden[batch.completion_row(g, c, i) * h..][..h];
+                    for (j, x) in row.iter_mut().enumerate() {
+                        *x += ((of(g, c) * 31 + i * 7 + j * 3) % 13) as f32 / 13.0 - 0.4;
+                    }
+                }
+            }
+        }
+        backward(m, &s, &batch, &acts, &d.upload(&dhidden), &grads).unwrap();
+    }
+    Run { hidden: values, grads: s.read(&grads.flat).wait().unwrap(), batch }
+}
+
+fn rows_of(r: &Run, h: usize, group: usize, completion: usize, tokens: usize) -> Vec<f32> {
+    (0..tokens).flat_map(|i| r.hidden[r.batch.completion_row(group, completion, i) * h..][..h].to_vec()).collect()
+}
+
+#[test]
+fn a_shared_prompt_gives_the_bits_of_separate_sequences_and_their_gradients() {
+    let d = Device::cpu(2);
+    let m = model(&d, false);
+    let (g, all) = (group(&m.config), MemoryPlan::keep_all(&m.config));
+    let shared = run(&m, std::slice::from_ref(&g), Some(all), |_, c| c);
+    let separate = run(&m, &apart(&g), Some(all), |g, _| g);
+    assert!(shared.batch.rows() < separate.batch.rows());
+    for (c, completion) in g.completions.iter().enumerate() {
+        let n = completion.tokens.len();
+        assert_eq!(rows_of(&shared, 64, 0, c, n), rows_of(&separate, 64, c, 0, n), "completion {c}");
+    }
+    // Only the order of additions differs.
+    let norm = separate.grads.iter().map(|x| x * x).sum::<f32>().sqrt();
+    let difference = shared.grads.iter().zip(&separate.grads).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt();
+    assert!(norm > 0.0 && difference < 1e-5 * norm, "{difference} of {norm}");
+}
+
+#[test]
+fn plans_threads_and_late_launches_leave_the_bits_alone() {
+    let d = Device::cpu(2);
+    let m = model(&d, false);
+    let groups = [group(&m.config), Group { prompt: text(50, 33), completions: vec![text(60, 2)] }];
+    let kept = run(&m, &groups, Some(MemoryPlan::keep_all(&m.config)), |g, c| g + c);
+    assert!(kept.grads.iter().all(|x| x.is_finite()) && kept.hidden.iter().all(|x| x.is_finite()));
+    for plan in [MemoryPlan { text: 0, vision: 0 }, MemoryPlan { text: 2, vision: 3 }] {
+        let again = run(&m, &groups, Some(plan), |g, c| g + c);
+        assert!(again.hidden == kept.hidden && again.grads == kept.grads, "{plan:?}");
+    }
+    for device in [Device::cpu(1), Device::cpu_deferred(2)] {
+        let m = model(&device, false);
+        let again = run(&m, &groups, Some(MemoryPlan { text: 1, vision: 1 }), |g, c| g + c);
+        assert!(again.hidden == kept.hidden && again.grads == kept.grads, "{device:?}");
+    }
+    assert!(run(&m, &groups, None, |g, c| g + c).hidden == kept.hidden, "forward only");
+}
+
+#[test]
+fn a_frozen_tower_gets_no_gradient_and_changes_no_other() {
+    let d = Device::cpu(2);
+    let (free, frozen) = (model(&d, false), model(&d, true));
+    let groups = [group(&free.config)];
+    let plan = MemoryPlan::keep_all(&free.config);
+    let (a, b) = (run(&free, &groups, Some(plan), |_, c| c), run(&frozen, &groups, Some(plan), |_, c| c));
+    assert!(a.hidden == b.hidden && b.grads.len() < a.grads.len());
+    let s = d.stream();
+    let (ga, gb) = (d.upload(&a.grads), d.upload(&b.grads));
+    for name in free.params.names() {
+        let of = |m: &Model, g| m.params.read(&s, g, name);
+        if name.starts_with("visual.") {
+            assert!(of(&frozen, &gb).is_err());
+            assert!(of(&free, &ga).unwrap().iter().any(|x| *x != 0.0), "{name}");
+        } else {
+            assert_eq!(of(&free, &ga).unwrap(), of(&frozen, &gb).unwrap(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn micro_batches_accumulate_and_buffers_grow() {
+    let d = Device::cpu(2);
+    let m = model(&d, false);
+    let s = d.stream();
+    let small = Group { prompt: text(50, 5), completions: vec![text(60, 4)] };
+    let grads = GradStore::new(&m);
+    let plan = MemoryPlan::keep_all(&m.config);
+    let first = TrainBatch::pack(&m.config, &d, &s, std::slice::from_ref(&small)).unwrap();
+    let mut acts = Activations::new(&m, plan, &first);
+    for g in [small.clone(), group(&m.config), small] {
+        let batch = TrainBatch::pack(&m.config, &d, &s, &[g]).unwrap();
+        forward(&m, &s, &batch, &mut acts).unwrap();
+        let dhidden = d.upload(&vec![0.01f32; batch.rows() * m.config.hidden_size]);
+        backward(&m, &s, &batch, &acts, &dhidden, &grads).unwrap();
+    }
+    let of = |n: usize| -> Vec<f32> {
+        let (grads, groups) =
+            (GradStore::new(&m), [Group { prompt: text(50, 5), completions: vec![text(60, 4)] }, group(&m.config)]);
+        let batch = TrainBatch::pack(&m.config, &d, &s, &groups[n..n + 1]).unwrap();
+        let mut acts = Activations::new(&m, plan, &batch);
+        forward(&m, &s, &batch, &mut acts).unwrap();
+        let dhidden = d.upload(&vec![0.01f32; batch.rows() * m.config.hidden_size]);
+        backward(&m, &s, &batch, &acts, &dhidden, &grads).unwrap();
+        s.read(&grads.flat).wait().unwrap()
+    };
+    let (small, large, sum) = (of(0), of(1), s.read::<f32>(&grads.flat).wait().unwrap());
+    let norm = sum.iter().map(|x| x * x).sum::<f32>().sqrt();
+    let off = (0..sum.len()).map(|i| (sum[i] - 2.0 * small[i] - large[i]).powi(2)).sum::<f32>().sqrt();
+    assert!(norm > 0.0 && off < 1e-5 * norm, "{off} of {norm}");
+    grads.zero(&s);
+    assert!(s.read::<f32>(&grads.flat).wait().unwrap().iter().all(|x| *x == 0.0));
+}
+
+#[test]
+fn a_plan_keeps_what_fits() {
+    let c = Preset::Mid.config();
+    let all = MemoryPlan::keep_all(&c).bytes(&c, 2048, 1600);
+    assert_eq!(MemoryPlan::fit(&c, 2048, 1600, all).unwrap(), MemoryPlan::keep_all(&c));
+    let least = MemoryPlan { text: 0, vision: 0 }.bytes(&c, 2048, 1600);
+    assert_eq!(MemoryPlan::fit(&c, 2048, 1600, least).unwrap(), MemoryPlan { text: 0, vision: 0 });
+    let some = MemoryPlan::fit(&c, 2048, 1600, (least + all) / 2).unwrap();
+    assert!(some.text > 0 && some.bytes(&c, 2048, 1600) <= (least + all) / 2, "{some:?}");
+    let e = MemoryPlan::fit(&c, 2048, 1600, least - 1).unwrap_err().to_string();
+    assert!(e.contains("2048 tokens") && e.contains("MB"), "{e}");
+}
