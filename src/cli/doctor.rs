@@ -1,12 +1,14 @@
 use crate::device::{DType, Device};
 use crate::ops::linear::{self, Epilogue, Weight};
+use crate::tools::python::environment::Search;
+use crate::tools::{PythonOptions, PythonTool};
 use crate::{Error, Result};
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Check this machine: cores, SIMD, memory, disk, kernels
+/// Check this machine: cores, SIMD, memory, disk, kernels, the Python environment
 #[derive(clap::Args)]
 #[command(
     after_help = "Example:\n  varft doctor --dir runs\n\nEach line begins with ok, warn or fail; a line that does not say ok says what to do."
@@ -15,6 +17,9 @@ pub(super) struct Args {
     /// Where runs will lie
     #[arg(long, default_value = "runs")]
     dir: PathBuf,
+    /// Make the python tool's environment if there is none (about 100 MB of downloads)
+    #[arg(long)]
+    install: bool,
 }
 
 /// What a check found.
@@ -47,6 +52,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     show("memory", memory());
     show("disk", disk(&args.dir));
     show("kernels", kernels(&device));
+    show("python", python(args.install));
     match failed.as_slice() {
         [] => Ok(()),
         names => Err(Error::limit(
@@ -131,7 +137,7 @@ fn disk(dir: &Path) -> Finding {
     if status != 0 {
         return Warn(format!("{}: free space unknown", at.display()), "look at it yourself (df)");
     }
-    let free = space.f_bavail as u64 * space.f_frsize as u64;
+    let free = space.f_bavail * space.f_frsize;
     let text = format!("{:.1} GiB free for {}", gib(free), dir.display());
     match free {
         f if f < 2 << 30 => Warn(text, "checkpoints of larger models will not fit"),
@@ -181,5 +187,34 @@ fn kernels(device: &Device) -> Finding {
             bytes / 1e9
         )),
         Err(e) => Fail(e.to_string(), "please report it".into()),
+    }
+}
+
+/// The python tool from end to end: its environment, its warm process, one call.
+fn python(install: bool) -> Finding {
+    let search = Search { install, ..Search::default() };
+    let tool = match PythonTool::new(PythonOptions { search, ..PythonOptions::default() }) {
+        Ok(tool) => tool,
+        Err(e @ Error::Input { .. }) if !install => {
+            let mend = "run varft doctor --install, or let the first run make it";
+            return Warn(e.to_string().lines().next().unwrap_or_default().to_string(), mend);
+        }
+        Err(e) => return Fail(e.to_string(), "training and evaluation need this tool".into()),
+    };
+    let checked = tool.versions().and_then(|v| {
+        tool.check()?; // the first call finds cold caches
+        Ok((v, tool.check()?))
+    });
+    match checked {
+        Ok((v, usage)) => Fine(format!(
+            "{:.1} ms a call; Python {}, numpy {}, OpenCV {}, Pillow {}; {}",
+            usage.wall.as_secs_f64() * 1e3,
+            v.python,
+            v.numpy,
+            v.cv2,
+            v.pillow,
+            tool.interpreter().display()
+        )),
+        Err(e) => Fail(e.to_string(), "training and evaluation need this tool".into()),
     }
 }

@@ -5,6 +5,7 @@
 
 mod doctor;
 mod init;
+mod inspect;
 mod report;
 
 use clap::{Parser, Subcommand};
@@ -26,6 +27,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Init(init::Args),
+    Inspect(inspect::Args),
     Report(report::Args),
     Doctor(doctor::Args),
 }
@@ -34,6 +36,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Init(args) => init::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };

@@ -135,7 +135,7 @@ multiversion!(fn largest(row: &[f32], forbidden: &[u32]) -> f32 = largest_body);
 
 #[inline(always)]
 fn group_maxima_body<const FMA: bool>(row: &[f32], forbidden: &[u32], tops: &mut [f32]) {
-    for g in 0..forbidden.len() {
+    for (g, top) in tops.iter_mut().enumerate() {
         let mut v = allowed(row, forbidden, g);
         let mut n = GROUP / 2;
         while n > 0 {
@@ -144,7 +144,7 @@ fn group_maxima_body<const FMA: bool>(row: &[f32], forbidden: &[u32], tops: &mut
             }
             n /= 2;
         }
-        tops[g] = v[0];
+        *top = v[0];
     }
 }
 multiversion!(

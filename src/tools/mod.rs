@@ -10,10 +10,13 @@
 //!
 //! | file | what it holds |
 //! |---|---|
+//! | [`python`] | the `python` tool: OpenCV on images, a fork of a warm process per call |
 //! | `text` | makes a program's output fit to be shown to a model and a person |
 
+pub mod python;
 mod text;
 
+pub use python::{PythonOptions, PythonTool};
 pub use text::clean;
 
 use std::sync::Arc;
@@ -68,7 +71,7 @@ impl ToolCall {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Processor time.
+    /// Processor time, exact to a few milliseconds.
     pub cpu: Duration,
     /// Time by the clock from the start of the call's process. It is only there to notice that the machinery hangs, so
     /// it is generous: reaching it is [`Error::Tool`](crate::Error::Tool), since a busy machine must not cost reward.
@@ -163,7 +166,7 @@ pub struct Usage {
     pub queued: Duration,
     /// By the clock, from handing the call over until its result was read.
     pub wall: Duration,
-    /// Processor time.
+    /// Processor time, exact to a few milliseconds.
     pub cpu: Duration,
     /// The most memory resident at once, in bytes, the pages shared with the warm process included.
     pub peak_memory: u64,

@@ -161,16 +161,18 @@ unsafe fn backward_input_on(
             with_scratch(1, count * part * PANEL, |turned| {
                 let to = SendPtr(turned);
                 // The transpose of the weight, [k / 16][part][16], for these inputs and outputs.
-                spread(pool, count * part * PANEL, count, |i| {
-                    let at = (first + i) * PANEL;
-                    let inputs = PANEL.min(k - at);
+                spread(pool, count * part * PANEL, count.div_ceil(SIDE), |item| {
                     for o in (0..part).step_by(PANEL) {
-                        // SAFETY: a block of `inputs` steps of the panel of output `start + o`; each item writes its
-                        // own panel of `turned`.
-                        unsafe {
-                            let from = w.as_ptr().add((start + o) * k + at * PANEL);
-                            let to = to.get().add((i * part + o) * PANEL);
-                            transpose_padded(from, inputs, PANEL.min(part - o), to);
+                        for i in item * SIDE..count.min((item + 1) * SIDE) {
+                            let at = (first + i) * PANEL;
+                            let inputs = PANEL.min(k - at);
+                            // SAFETY: a block of `inputs` steps of the panel of output `start + o`; each item writes
+                            // its own panels of `turned`.
+                            unsafe {
+                                let from = w.as_ptr().add((start + o) * k + at * PANEL);
+                                let to = to.get().add((i * part + o) * PANEL);
+                                transpose_padded(from, inputs, PANEL.min(part - o), to);
+                            }
                         }
                     }
                 });
@@ -202,9 +204,11 @@ unsafe fn transpose_padded(from: *const f32, steps: usize, outputs: usize, to: *
     }
 }
 
+/// Panels that [`backward_input`] copies at a time: so many lie side by side in memory, 4 KiB.
+const SIDE: usize = 4;
 /// Outputs whose gradients [`backward_input`] sums before it moves on to the next: bounds its scratch memory. A
 /// multiple of [`PANEL`].
-const PART: usize = 2048;
+const PART: usize = 4096;
 /// Rows of a batch that [`backward_weight`] takes at a time, for the same reason.
 const BATCH: usize = 512;
 
