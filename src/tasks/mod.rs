@@ -5,8 +5,11 @@
 //! | [`mat`] | MAT-Coding's row format: reading, writing, loading the images of a row |
 //! | [`scorer`] | F1 and exact match: the published scorer and the modern one |
 
+mod examples;
 pub mod mat;
 pub mod scorer;
+
+pub use examples::{Examples, MatExamples};
 
 use std::sync::Arc;
 

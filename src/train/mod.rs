@@ -6,14 +6,25 @@
 //! | [`schedule`] | the learning rate over the steps |
 //! | [`advantages`] | what each completion of a group is worth, and each of its tokens in the loss |
 //! | [`optimizer`] | AdamW over the flat parameters, clipping, steps that are not taken |
+//! | [`batch`] | trajectories into micro-batches |
+//! | [`learner`] | a model, its gradients, its updates |
+//! | [`sft`], [`grpo`] | the two loops |
+//! | [`run`] | what a run works with and writes down |
+//! | [`order`] | the order of the data |
 //! | [`checkpoint`] | folders that are whole or not there, found again after a crash |
 
 pub mod advantages;
+pub mod batch;
 pub mod checkpoint;
 pub mod config;
 mod config_file;
+pub mod grpo;
+pub mod learner;
 pub mod optimizer;
+pub mod order;
+pub mod run;
 pub mod schedule;
+pub mod sft;
 
 pub use checkpoint::{Checkpoint, Checkpoints, TrainState};
 pub use config::RunConfig;

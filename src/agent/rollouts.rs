@@ -1,0 +1,215 @@
+use super::coding::CodingProtocol;
+use super::episode::{EpisodeOptions, Key, run_episode};
+use super::policy::{Conversation, Policy};
+use super::trajectory::Trajectory;
+use crate::input::Image;
+use crate::tasks::Example;
+use crate::tools::Tool;
+use crate::{Error, Result};
+use image::RgbImage;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
+
+/// A group of episodes on one example.
+#[derive(Clone)]
+pub struct Job {
+    /// What to solve.
+    pub example: Arc<Example>,
+    /// Names the group; with the seed and the index of a sample it keys that sample's randomness.
+    pub group: u64,
+    /// How many episodes.
+    pub samples: usize,
+}
+
+/// An episode that the machinery failed, after it was tried again: neither right nor wrong, it counts nowhere.
+#[derive(Debug)]
+pub struct Void {
+    /// The group.
+    pub group: u64,
+    /// Index within the group.
+    pub sample: u64,
+    /// The last failure.
+    pub error: Error,
+}
+
+#[derive(Clone)]
+/// Runs many episodes at once: each on a thread of its own that mostly waits, for the engine or for its tool.
+pub struct Rollouts {
+    /// Who answers.
+    pub policy: Arc<dyn Policy>,
+    /// The rules.
+    pub protocol: CodingProtocol,
+    /// What runs the model's code.
+    pub tool: Arc<dyn Tool>,
+    /// Turns pixels into what the model reads.
+    pub see: Arc<See>,
+    /// How episodes are run.
+    pub options: EpisodeOptions,
+    /// Episodes in flight at once.
+    pub concurrency: usize,
+    /// Raised by whoever wants the work to end early; what is under way then ends as an error.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// Turns pixels into what the model reads.
+pub type See = dyn Fn(&Arc<RgbImage>) -> Result<Arc<Image>> + Send + Sync;
+/// What came of each sample of each job.
+pub type Episodes = Vec<Vec<Result<Trajectory, Void>>>;
+
+/// How often an episode that the machinery failed is tried again.
+const RETRIES: usize = 2;
+
+/// An opened conversation, waiting for a thread: the job, the sample, and the conversation.
+type Opened = (usize, usize, Result<Box<dyn Conversation>>);
+
+/// What the threads of one run share.
+#[derive(Default)]
+struct Queue {
+    state: Mutex<QueueState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct QueueState {
+    next_job: usize,
+    /// Groups that a thread is opening right now.
+    opening: usize,
+    waiting: Vec<Opened>,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl Rollouts {
+    /// Runs every job's episodes and returns them per job, in the order of the jobs and of the samples.
+    ///
+    /// `done` is called from this thread after each episode with the number finished so far. The same seed gives the same
+    /// episodes whatever the concurrency.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`] when `stop` was raised, and failures of the engine. A failure of a tool's machinery is tried
+    /// again, then gives a [`Void`] in that episode's place.
+    pub fn run(
+        &self,
+        jobs: &[Job],
+        seed: u64,
+        mut done: impl FnMut(usize, &Result<Trajectory, Void>),
+    ) -> Result<Episodes> {
+        let mut results: Vec<Vec<Option<Result<Trajectory, Void>>>> =
+            jobs.iter().map(|j| (0..j.samples).map(|_| None).collect()).collect();
+        let queue = Queue::default();
+        let (send, receive) = mpsc::channel::<(usize, usize, Result<Result<Trajectory, Void>>)>();
+        let total: usize = jobs.iter().map(|j| j.samples).sum();
+        let failed = AtomicBool::new(false);
+        let mut failure = None;
+        std::thread::scope(|scope| {
+            for _ in 0..self.concurrency.clamp(1, total.max(1)) {
+                let send = send.clone();
+                let (queue, failed) = (&queue, &failed);
+                scope.spawn(move || {
+                    while !failed.load(Ordering::Relaxed) && !self.stop.load(Ordering::Relaxed) {
+                        let Some((job, sample, conversation)) = self.take(jobs, queue) else { break };
+                        let result = conversation.and_then(|c| {
+                            self.episode(&jobs[job], c, Key { group: jobs[job].group, sample: sample as u64, seed })
+                        });
+                        if send.send((job, sample, result)).is_err() {
+                            break;
+                        }
+                    }
+                });
+            }
+            drop(send);
+            let mut finished = 0;
+            for (job, sample, result) in receive {
+                match result {
+                    Ok(result) => {
+                        finished += 1;
+                        done(finished, &result);
+                        results[job][sample] = Some(result);
+                    }
+                    Err(e) => {
+                        failed.store(true, Ordering::Relaxed);
+                        failure.get_or_insert(e);
+                    }
+                }
+            }
+        });
+        if let Some(e) = failure {
+            return Err(e);
+        }
+        results
+            .into_iter()
+            .map(|g| g.into_iter().collect::<Option<Vec<_>>>())
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| Error::Cancelled("the rollouts were asked to stop".into()))
+    }
+
+    /// The next conversation to run: one that a group's opening left waiting, else the first of the next group.
+    fn take(&self, jobs: &[Job], queue: &Queue) -> Option<Opened> {
+        let mut q = queue.lock();
+        loop {
+            if let Some(o) = q.waiting.pop() {
+                return Some(o);
+            }
+            if let Some(job) = jobs.get(q.next_job) {
+                let index = q.next_job;
+                q.next_job += 1;
+                q.opening += 1;
+                drop(q);
+                // The first conversation of a group computes the prompt; meanwhile other threads open theirs.
+                let opened = self.open(job, job.samples);
+                q = queue.lock();
+                q.opening -= 1;
+                match opened {
+                    Ok(all) => q.waiting.extend(all.into_iter().enumerate().rev().map(|(i, c)| (index, i, Ok(c)))),
+                    Err(e) => q.waiting.push((index, 0, Err(e))),
+                }
+                queue.changed.notify_all();
+            } else if q.opening == 0 {
+                return None;
+            } else {
+                q = queue.changed.wait(q).unwrap_or_else(|e| e.into_inner());
+            }
+        }
+    }
+
+    fn open(&self, job: &Job, n: usize) -> Result<Vec<Box<dyn Conversation>>> {
+        let image = (self.see)(job.example.input())?;
+        self.policy.open(&self.protocol.opening(&job.example.question), &[image], n)
+    }
+
+    /// One episode, tried again where the tool's machinery failed it.
+    fn episode(
+        &self,
+        job: &Job,
+        mut conversation: Box<dyn Conversation>,
+        key: Key,
+    ) -> Result<Result<Trajectory, Void>> {
+        let mut tries = 0;
+        loop {
+            match run_episode(
+                &mut *conversation,
+                &self.protocol,
+                &*self.tool,
+                &*self.see,
+                &job.example,
+                &self.options,
+                key,
+            ) {
+                Ok(t) => return Ok(Ok(t)),
+                Err(error @ Error::Tool { .. }) if tries == RETRIES => {
+                    return Ok(Err(Void { group: key.group, sample: key.sample, error }));
+                }
+                Err(Error::Tool { .. }) => {
+                    tries += 1;
+                    conversation =
+                        self.open(job, 1)?.pop().ok_or_else(|| Error::internal("a policy opened no conversation"))?;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+}

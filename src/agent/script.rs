@@ -1,0 +1,59 @@
+use super::policy::{Conversation, Policy, Said};
+use crate::engine::Sampling;
+use crate::input::{ChatTemplate, Image, Message, Prompt, Tokenizer, build_prompt, continue_prompt};
+use crate::{Error, Result};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// A policy that says what was written down for it: turns a teacher's episodes into trajectories, tool calls and all.
+///
+/// Its log-probabilities are zero: such trajectories are for supervised training, not for policy gradients.
+pub struct ScriptedPolicy {
+    /// Encodes what is said.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Wraps it in turns.
+    pub template: Arc<ChatTemplate>,
+    /// The turns, in order.
+    pub lines: Vec<String>,
+}
+
+impl Policy for ScriptedPolicy {
+    fn open(&self, messages: &[Message], images: &[Arc<Image>], n: usize) -> Result<Vec<Box<dyn Conversation>>> {
+        let opening = build_prompt(&self.tokenizer, &self.template, messages, images)?;
+        Ok((0..n)
+            .map(|_| {
+                Box::new(Scripted {
+                    opening: opening.clone(),
+                    lines: self.lines.clone().into(),
+                    tokenizer: self.tokenizer.clone(),
+                    template: self.template.clone(),
+                }) as Box<dyn Conversation>
+            })
+            .collect())
+    }
+}
+
+struct Scripted {
+    opening: Prompt,
+    lines: VecDeque<String>,
+    tokenizer: Arc<Tokenizer>,
+    template: Arc<ChatTemplate>,
+}
+
+impl Conversation for Scripted {
+    fn opening(&self) -> &Prompt {
+        &self.opening
+    }
+
+    fn hear(&mut self, messages: &[Message], images: &[Arc<Image>]) -> Result<Prompt> {
+        continue_prompt(&self.tokenizer, &self.template, messages, images, false)
+    }
+
+    fn speak(&mut self, _: &Sampling) -> Result<Said> {
+        let text = self.lines.pop_front().ok_or_else(|| {
+            Error::input("the script is over before its episode", "end the script with a turn that answers")
+        })?;
+        let tokens = self.tokenizer.encode_plain(&text)?;
+        Ok(Said { logprobs: vec![0.0; tokens.len()], text, tokens, cut: false })
+    }
+}

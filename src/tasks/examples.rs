@@ -1,0 +1,48 @@
+use super::{Example, mat};
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Questions by number: a data set, made as it goes or read from files.
+pub trait Examples: Send + Sync {
+    /// How many there are; at least 1.
+    fn len(&self) -> u64;
+    /// Whether there are none, which no source should say.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// The `i`-th, from 0; the same at every call.
+    ///
+    /// # Errors
+    /// When its image cannot be read or made.
+    fn get(&self, i: u64) -> Result<Arc<Example>>;
+}
+
+/// Rows of a file in MAT-Coding's format; images are read when a row is asked for.
+pub struct MatExamples {
+    rows: Vec<mat::Row>,
+    images: PathBuf,
+}
+
+impl MatExamples {
+    /// Reads the rows of `file`; image paths start from `images`.
+    ///
+    /// # Errors
+    /// When the file cannot be read, a row is malformed, or there is none.
+    pub fn open(file: &Path, images: &Path) -> Result<MatExamples> {
+        let rows = mat::read(file)?;
+        if rows.is_empty() {
+            return Err(Error::input(format!("{} has no rows", file.display()), "give a file with at least one row"));
+        }
+        Ok(MatExamples { rows, images: images.to_path_buf() })
+    }
+}
+
+impl Examples for MatExamples {
+    fn len(&self) -> u64 {
+        self.rows.len() as u64
+    }
+    fn get(&self, i: u64) -> Result<Arc<Example>> {
+        self.rows[i as usize].load(&self.images).map(Arc::new)
+    }
+}

@@ -1,0 +1,250 @@
+//! Reinforcement learning by GRPO: roll out a batch of groups, score, update, again.
+
+use super::advantages::{group_advantages, token_weights};
+use super::batch::{MicroBatch, Sample, micro_batches};
+use super::config::{AdvantageScale, RunConfig};
+use super::learner::{Goal, Learner, TokenStats, logprobs};
+use super::order::item_at;
+use super::run::{Keeper, Setup, episode_metrics, views};
+use super::schedule::Schedule;
+use crate::agent::{Ending, Episodes, Job, Trajectory};
+use crate::model::Model;
+use crate::report::view::Phase;
+use crate::{Error, Result};
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finished {
+    /// After its last step.
+    Complete,
+    /// Earlier, because it was asked to stop; what was done is saved, and the run can be resumed.
+    Stopped {
+        /// Completed steps.
+        at: u64,
+    },
+}
+
+/// Trains `setup.model` on rollouts, from step `keeper.step()` to `config.optim.steps`, writing down everything in the
+/// run's folder. `reference`: the model that `algo.beta` ties the policy to; not needed at beta = 0.
+///
+/// The episodes and updates of a step depend on the weights before it, the run file and the number of the step alone: a run
+/// that is killed and resumed takes the same path, bit for bit.
+///
+/// # Errors
+/// Whatever fails; the run's folder is whole then.
+pub fn train(
+    config: &RunConfig,
+    setup: &Setup,
+    learner: &mut Learner,
+    reference: Option<&Model>,
+    keeper: &mut Keeper,
+) -> Result<Finished> {
+    let schedule = Schedule::new(&config.optim);
+    let mut trainer = Trainer { config, setup, learner, reference, schedule };
+    while keeper.step() < config.optim.steps {
+        let step = keeper.step();
+        if config.log.eval_every > 0 && step.is_multiple_of(config.log.eval_every) {
+            setup.evaluate(config, step, keeper)?;
+        }
+        match trainer.step(step, keeper) {
+            Ok(()) => keeper.completed(trainer.learner)?,
+            Err(Error::Cancelled(_)) if setup.stop.load(Ordering::Relaxed) => {
+                keeper.save(trainer.learner)?;
+                return Ok(Finished::Stopped { at: keeper.step() });
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    if config.log.eval_every > 0 {
+        setup.evaluate(config, config.optim.steps, keeper)?;
+    }
+    keeper.save(trainer.learner)?;
+    Ok(Finished::Complete)
+}
+
+struct Trainer<'a> {
+    config: &'a RunConfig,
+    setup: &'a Setup,
+    learner: &'a mut Learner,
+    reference: Option<&'a Model>,
+    schedule: Schedule,
+}
+
+/// The episodes of a step that the loss is about, and what was left out.
+struct Selected<'a> {
+    /// Groups of samples; each belongs to an update of its own or with others.
+    groups: Vec<Vec<(&'a Trajectory, f32)>>,
+    zero_variance: usize,
+    masked: usize,
+}
+
+impl Trainer<'_> {
+    fn step(&mut self, step: u64, keeper: &mut Keeper) -> Result<()> {
+        let (r, a) = (&self.config.rollout, &self.config.algo);
+        let started = Instant::now();
+        let jobs = (0..r.prompts as u64)
+            .map(|i| {
+                let group = step * r.prompts as u64 + i;
+                let item = item_at(self.config.run.seed, self.setup.train.len(), group);
+                Ok(Job { example: self.setup.train.get(item)?, group, samples: r.group_size })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let episodes = self.setup.rollouts.run(&jobs, self.config.run.seed, |_, _| ())?;
+        let rollout_s = started.elapsed().as_secs_f64();
+
+        let started = Instant::now();
+        let selected = self.select(&episodes);
+        let lr = self.schedule.lr(step);
+        let mut tokens = Sums::default();
+        let (mut grad_norm, mut skipped, mut mismatch) = (0.0f64, 0u64, 0.0f64);
+        if !selected.groups.is_empty() {
+            let paused = self.setup.engine.pause()?;
+            let parts = self.parts(&selected);
+            let references = match self.reference {
+                Some(model) if a.beta != 0.0 => parts
+                    .iter()
+                    .map(|p| logprobs(model, p, self.setup.engine.forbidden()).map(Some))
+                    .collect::<Result<Vec<_>>>()?,
+                _ => vec![None; parts.len()],
+            };
+            let goal = Goal::Grpo { clip_low: a.clip_low as f32, clip_high: a.clip_high as f32, beta: a.beta as f32 };
+            for iteration in 0..a.iterations {
+                for (i, (part, reference)) in parts.iter().zip(&references).enumerate() {
+                    let (stats, update) = self.learner.update(part, goal, reference.as_deref(), lr)?;
+                    if iteration == 0 && i == 0 {
+                        mismatch = largest_mismatch(part, &stats);
+                    }
+                    tokens.add(part, &stats);
+                    grad_norm = grad_norm.max(update.grad_norm.into());
+                    skipped += u64::from(!update.applied);
+                }
+            }
+            paused.weights_changed()?;
+        }
+        let train_s = started.elapsed().as_secs_f64();
+
+        let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
+        let mut metrics = episode_metrics(&done, Phase::Train);
+        let n = tokens.n.max(1.0);
+        let sampled: usize = done.iter().map(|t| t.sampled()).sum();
+        metrics.extend([
+            ("groups/zero_variance", selected.zero_variance as f64 / jobs.len().max(1) as f64),
+            ("episodes/masked", selected.masked as f64),
+            ("episodes/void", (jobs.len() * r.group_size - done.len()) as f64),
+            ("policy/loss", tokens.loss),
+            ("policy/kl", tokens.kl / n),
+            ("policy/entropy", tokens.entropy / n),
+            ("policy/clip_share", tokens.clipped / n),
+            ("policy/ratio", tokens.ratio / n),
+            ("policy/mismatch", mismatch),
+            ("optim/grad_norm", grad_norm),
+            ("optim/skipped", skipped as f64),
+            ("optim/lr", lr),
+            ("speed/rollout_s", rollout_s),
+            ("speed/train_s", train_s),
+            ("speed/rollout_tokens_s", sampled as f64 / rollout_s),
+            ("speed/train_tokens_s", tokens.n / train_s),
+            ("memory/peak_mib", peak_memory_mib()),
+        ]);
+        let views = views(&episodes, &jobs, step, Phase::Train, self.config.log.trajectories, keeper, |t| {
+            selected.groups.iter().flatten().find(|(s, _)| std::ptr::eq(*s, t)).map(|(_, a)| f64::from(*a))
+        })?;
+        keeper.log(step, &metrics, Phase::Train, &views)
+    }
+
+    /// Advantages, and what has none.
+    fn select<'e>(&self, episodes: &'e Episodes) -> Selected<'e> {
+        let a = &self.config.algo;
+        let mut selected = Selected { groups: Vec::new(), zero_variance: 0, masked: 0 };
+        for group in episodes {
+            let group: Vec<&Trajectory> = group.iter().flatten().collect();
+            let rewards: Vec<f64> = group.iter().map(|t| t.reward.total).collect();
+            let scale = if group.len() > 1 { a.scale } else { AdvantageScale::None };
+            let advantages = group_advantages(&rewards, scale);
+            selected.zero_variance += usize::from(advantages.zero_variance);
+            if advantages.zero_variance && a.drop_zero_variance {
+                continue;
+            }
+            let samples: Vec<_> = group
+                .into_iter()
+                .zip(advantages.values)
+                .filter(|(t, _)| !(a.mask_truncated && t.ending == Ending::Truncated))
+                .collect();
+            selected.masked += rewards.len() - samples.len();
+            if !samples.is_empty() {
+                selected.groups.push(samples);
+            }
+        }
+        selected
+    }
+
+    /// The micro-batches of each update of a pass.
+    fn parts(&self, selected: &Selected) -> Vec<Vec<MicroBatch>> {
+        let (r, a) = (&self.config.rollout, &self.config.algo);
+        let per_part = selected.groups.len().div_ceil(a.minibatches).max(1);
+        selected
+            .groups
+            .chunks(per_part)
+            .map(|groups| {
+                let lengths: Vec<usize> = groups.iter().flatten().map(|(t, _)| t.sampled()).collect();
+                let weights = token_weights(a.loss, &lengths, r.max_turns * r.max_new_tokens);
+                let mut weights = weights.into_iter();
+                let groups: Vec<Vec<Sample>> = groups
+                    .iter()
+                    .map(|g| {
+                        g.iter()
+                            .zip(weights.by_ref())
+                            .map(|(&(trajectory, advantage), weight)| Sample { trajectory, advantage, weight })
+                            .collect()
+                    })
+                    .collect();
+                micro_batches(&groups, self.config.optim.micro_batch_tokens)
+            })
+            .collect()
+    }
+}
+
+/// The largest difference between a token's log-probability now and when it was sampled, before any update: 0.
+fn largest_mismatch(micros: &[MicroBatch], stats: &TokenStats) -> f64 {
+    let old = micros.iter().flat_map(|m| m.entries.iter().map(|e| e.old_logp));
+    old.zip(&stats.logp).map(|(old, new)| f64::from((old - new).abs())).fold(0.0, f64::max)
+}
+
+/// Sums over the tokens of a step.
+#[derive(Default)]
+struct Sums {
+    n: f64,
+    loss: f64,
+    kl: f64,
+    entropy: f64,
+    clipped: f64,
+    ratio: f64,
+}
+
+impl Sums {
+    fn add(&mut self, micros: &[MicroBatch], stats: &TokenStats) {
+        let sum = |x: &[f32]| x.iter().map(|&x| f64::from(x)).sum::<f64>();
+        let weights = micros.iter().flat_map(|m| m.entries.iter().map(|e| f64::from(e.weight)));
+        self.n += stats.logp.len() as f64;
+        self.loss += weights.zip(&stats.loss).map(|(w, &l)| w * f64::from(l)).sum::<f64>();
+        self.kl += sum(&stats.kl);
+        self.entropy += sum(&stats.entropy);
+        self.clipped += sum(&stats.clipped);
+        self.ratio += sum(&stats.ratio);
+    }
+}
+
+/// The most memory this process has held, in MiB; 0 where the system does not say.
+fn peak_memory_mib() -> f64 {
+    // SAFETY: plain old data, filled in by the call.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        if libc::getrusage(libc::RUSAGE_SELF, &mut usage) != 0 {
+            return 0.0;
+        }
+        usage
+    };
+    usage.ru_maxrss as f64 / 1024.0
+}

@@ -1,0 +1,331 @@
+//! A run and its folder: what it works with, what it writes down, where it goes on.
+
+use super::checkpoint::{Checkpoints, TrainState};
+use super::config::RunConfig;
+use super::learner::Learner;
+use crate::Result;
+use crate::agent::{Ending, EpisodeOptions, Episodes, Job, Rollouts, Trajectory, Void};
+use crate::engine::{Engine, Sampling};
+use crate::input::Tokenizer;
+use crate::model::SaveOptions;
+use crate::report::view::{EpisodeView, Phase, RewardPart, StepView, TokenView};
+use crate::report::{MetricsLog, Progress, TrajectoryStore};
+use crate::tasks::{Example, Examples};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// Everything that a run works with.
+pub struct Setup {
+    /// Speaks for the model that is trained.
+    pub engine: Arc<Engine>,
+    /// The model folder's.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Runs episodes, as in training.
+    pub rollouts: Rollouts,
+    /// Training questions.
+    pub train: Arc<dyn Examples>,
+    /// Held-out questions.
+    pub eval: Vec<Arc<Example>>,
+    /// Raised to end the run early (Ctrl-C); what is done by then is saved.
+    pub stop: Arc<AtomicBool>,
+    /// Files of the model folder that every checkpoint gets a copy of: the tokenizer's, the image processor's.
+    pub companions: Vec<PathBuf>,
+}
+
+/// Scores of held-out questions.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Scores {
+    /// Mean F1, 0 to 1.
+    pub f1: f64,
+    /// Share of exact matches.
+    pub em: f64,
+    /// Share of episodes that kept the format and answered.
+    pub format: f64,
+    /// Tool calls per episode.
+    pub tool_calls: f64,
+    /// Episodes scored.
+    pub episodes: usize,
+    /// Episodes that the machinery failed; they are not among those scored.
+    pub void: usize,
+}
+
+/// Asks `examples` once each; no weights move.
+///
+/// # Errors
+/// As [`Rollouts::run`].
+pub fn evaluate(
+    rollouts: &Rollouts,
+    examples: &[Arc<Example>],
+    seed: u64,
+    done: impl FnMut(usize, &Result<Trajectory, Void>),
+) -> Result<(Scores, Vec<Job>, Episodes)> {
+    let jobs: Vec<Job> = examples
+        .iter()
+        .enumerate()
+        // Groups of evaluation are numbered apart from those of training, so that no noise is used twice.
+        .map(|(i, e)| Job { example: e.clone(), group: (1 << 40) + i as u64, samples: 1 })
+        .collect();
+    let episodes = rollouts.run(&jobs, seed, done)?;
+    let scored: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
+    let n = scored.len().max(1) as f64;
+    let mean = |f: &dyn Fn(&Trajectory) -> f64| scored.iter().map(|t| f(t)).sum::<f64>() / n;
+    let scores = Scores {
+        f1: mean(&|t| t.reward.f1),
+        em: mean(&|t| t.reward.em),
+        format: mean(&|t| t.reward.format),
+        tool_calls: mean(&|t| t.steps.iter().filter(|s| s.tool.is_some()).count() as f64),
+        episodes: scored.len(),
+        void: jobs.len() - scored.len(),
+    };
+    Ok((scores, jobs, episodes))
+}
+
+impl Setup {
+    /// Asks the held-out questions and writes down how it went under `step`.
+    pub(super) fn evaluate(&self, config: &RunConfig, step: u64, keeper: &mut Keeper) -> Result<Scores> {
+        let rollouts = Rollouts { options: eval_options(&self.rollouts.options, config), ..self.rollouts.clone() };
+        let (scores, jobs, episodes) = evaluate(&rollouts, &self.eval, config.run.seed, |_, _| ())?;
+        let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
+        let mut metrics = episode_metrics(&done, Phase::Eval);
+        metrics.push(("eval/void", scores.void as f64));
+        let views = views(&episodes, &jobs, step, Phase::Eval, config.log.trajectories, keeper, |_| None)?;
+        keeper.log(step, &metrics, Phase::Eval, &views)?;
+        Ok(scores)
+    }
+}
+
+/// Options of episodes as in training, sampled as for evaluation.
+pub fn eval_options(options: &EpisodeOptions, config: &RunConfig) -> EpisodeOptions {
+    let sampling = Sampling { temperature: config.rollout.eval_temperature as f32, ..options.sampling.clone() };
+    EpisodeOptions { sampling, ..options.clone() }
+}
+
+/// What a run writes down, and the step it has reached.
+pub struct Keeper {
+    metrics: MetricsLog,
+    store: TrajectoryStore,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    /// Steps between checkpoints; 0: only when asked.
+    every: u64,
+    saved: Option<u64>,
+    progress: Progress,
+    tokenizer: Arc<Tokenizer>,
+    companions: Vec<PathBuf>,
+}
+
+impl Keeper {
+    /// Opens the folder `run_dir` for a run that stands at `state`: what a lost session wrote about later steps is cut.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::Error::Io) when a file cannot be read or written.
+    pub fn open(run_dir: &Path, config: &RunConfig, state: TrainState, setup: &Setup) -> Result<Keeper> {
+        let store = TrajectoryStore::open(run_dir)?;
+        store.cut(state.step)?;
+        Ok(Keeper {
+            metrics: MetricsLog::open(run_dir, state.step, config.log.tensorboard)?,
+            store,
+            checkpoints: Checkpoints::new(run_dir, config.log.keep_last),
+            every: config.log.checkpoint_every,
+            saved: (state.step > 0).then_some(state.step),
+            progress: Progress::new(&state.kind, state.step, config.optim.steps),
+            state,
+            tokenizer: setup.tokenizer.clone(),
+            companions: setup.companions.clone(),
+        })
+    }
+
+    /// Completed steps.
+    pub fn step(&self) -> u64 {
+        self.state.step
+    }
+
+    /// Notes that a step is complete, and writes a checkpoint if one is due.
+    pub(super) fn completed(&mut self, learner: &mut Learner) -> Result<()> {
+        self.state.step += 1;
+        if self.every > 0 && self.state.step.is_multiple_of(self.every) { self.save(learner) } else { Ok(()) }
+    }
+
+    /// Writes a checkpoint of the step reached, unless there is one.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::Error::Io), for example on a full disk; earlier checkpoints are as they were.
+    pub fn save(&mut self, learner: &mut Learner) -> Result<()> {
+        if self.saved == Some(self.state.step) {
+            return Ok(());
+        }
+        self.state.updates = learner.optimizer().updates();
+        let (model, stream) = (learner.model().clone(), learner.stream().clone());
+        let options = SaveOptions { copy: self.companions.clone(), ..Default::default() };
+        let optimizer = learner.optimizer();
+        self.checkpoints.save(&self.state, |dir| {
+            model.save(&stream, dir, &options)?;
+            optimizer.save(&stream, &model.params, &dir.join(OPTIMIZER_FILE))
+        })?;
+        self.saved = Some(self.state.step);
+        Ok(())
+    }
+
+    /// Writes figures and episodes under `step`, and shows the figures that matter.
+    pub(super) fn log(
+        &mut self,
+        step: u64,
+        metrics: &[(&str, f64)],
+        phase: Phase,
+        episodes: &[EpisodeView],
+    ) -> Result<()> {
+        self.metrics.log(step, metrics)?;
+        if !episodes.is_empty() {
+            self.store.write(phase, step, episodes)?;
+        }
+        let figure = |name: &str| metrics.iter().find(|(n, _)| *n == name).map(|(_, v)| *v);
+        let shown: Vec<(&str, String)> = SHOWN
+            .iter()
+            .filter_map(|(name, short, digits)| Some((*short, format!("{:.*}", digits, figure(name)?))))
+            .collect();
+        match phase {
+            Phase::Train => self.progress.set(step + 1, &shown),
+            Phase::Eval => {
+                let text: Vec<String> = shown.iter().map(|(n, v)| format!("{n} {v}")).collect();
+                self.progress.note(&format!("held-out, after {step} steps: {}", text.join("  ")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The optimizer's file in a checkpoint.
+pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+
+/// Figures beside the progress bar: name, short name, digits.
+const SHOWN: [(&str, &str, usize); 11] = [
+    ("sft/loss", "loss", 3),
+    ("reward/mean", "reward", 3),
+    ("train/f1", "f1", 3),
+    ("eval/f1", "f1", 3),
+    ("eval/em", "em", 3),
+    ("eval/format", "format", 3),
+    ("policy/entropy", "entropy", 2),
+    ("tools/calls", "calls", 2),
+    ("optim/grad_norm", "grad", 2),
+    ("speed/rollout_s", "rollout s", 1),
+    ("speed/train_s", "train s", 1),
+];
+
+/// Means over episodes, by the names under which metrics are logged.
+pub(super) fn episode_metrics(episodes: &[&Trajectory], phase: Phase) -> Vec<(&'static str, f64)> {
+    let n = episodes.len().max(1) as f64;
+    let mean = |f: &dyn Fn(&Trajectory) -> f64| episodes.iter().map(|t| f(t)).sum::<f64>() / n;
+    let calls = |t: &Trajectory| t.steps.iter().filter(|s| s.tool.is_some()).count() as f64;
+    let failed =
+        |t: &Trajectory| t.steps.iter().filter(|s| s.tool.as_ref().is_some_and(|c| c.status != "ok")).count() as f64;
+    let (f1, em, format) = (mean(&|t| t.reward.f1), mean(&|t| t.reward.em), mean(&|t| t.reward.format));
+    let used_tool = mean(&|t| f64::from(calls(t) > 0.0));
+    match phase {
+        Phase::Eval => vec![
+            ("eval/f1", f1),
+            ("eval/em", em),
+            ("eval/format", format),
+            ("eval/used_tool", used_tool),
+            ("eval/tokens", mean(&|t| t.sampled() as f64)),
+        ],
+        Phase::Train => vec![
+            ("reward/mean", mean(&|t| t.reward.total)),
+            ("reward/answer", f1),
+            ("reward/format", format),
+            ("train/f1", f1),
+            ("train/em", em),
+            ("tools/calls", mean(&calls)),
+            ("tools/exceptions", mean(&failed)),
+            ("episodes/well_formed", format),
+            ("episodes/used_tool", used_tool),
+            ("episodes/truncated", mean(&|t| f64::from(t.ending == Ending::Truncated))),
+            ("episodes/turns", mean(&|t| t.steps.len() as f64)),
+            ("episodes/tokens", mean(&|t| t.sampled() as f64)),
+        ],
+    }
+}
+
+/// The first `most` episodes as a run's page shows them; their images are written to the store.
+pub(super) fn views(
+    episodes: &Episodes,
+    jobs: &[Job],
+    step: u64,
+    phase: Phase,
+    most: usize,
+    keeper: &Keeper,
+    advantage: impl Fn(&Trajectory) -> Option<f64>,
+) -> Result<Vec<EpisodeView>> {
+    let mut out = Vec::new();
+    for (job, group) in jobs.iter().zip(episodes) {
+        for episode in group {
+            if out.len() == most {
+                return Ok(out);
+            }
+            // A void episode has nothing to show but its failure, which the metrics count.
+            if let Ok(t) = episode {
+                out.push(view(t, job, step, phase, keeper, advantage(t))?);
+            }
+        }
+    }
+    Ok(out)
+}
+
+fn view(
+    t: &Trajectory,
+    job: &Job,
+    step: u64,
+    phase: Phase,
+    keeper: &Keeper,
+    advantage: Option<f64>,
+) -> Result<EpisodeView> {
+    let image = |i: &image::RgbImage| keeper.store.image(i.width(), i.height(), i.as_raw()).map(Some);
+    let mut steps = Vec::with_capacity(t.steps.len());
+    for s in &t.steps {
+        let tokens = s
+            .tokens
+            .clone()
+            .map(|i| TokenView { text: keeper.tokenizer.decode(&t.sequence.tokens[i..=i]), logp: t.logprobs[i] });
+        steps.push(StepView {
+            who: "assistant".into(),
+            text: s.text.clone(),
+            tokens: tokens.collect(),
+            code: s.tool.as_ref().map(|c| c.code.clone()),
+            tool_output: s.tool.as_ref().map(|c| c.output.clone()),
+            tool_status: s.tool.as_ref().map(|c| c.status.to_owned()),
+            tool_ms: s.tool.as_ref().map(|c| c.ms),
+            image_before: image(&s.image_before)?,
+            image_after: match &s.image_after {
+                Some(i) => image(i)?,
+                None => None,
+            },
+        });
+    }
+    Ok(EpisodeView {
+        step,
+        phase,
+        item: t.item.clone(),
+        kind: t.kind.clone(),
+        group: job.group,
+        sample: t.sample,
+        question: t.question.clone(),
+        answers: t.answers.clone(),
+        prediction: t.answer().map(str::to_owned),
+        finish: match &t.ending {
+            Ending::Answered(_) => "answered",
+            Ending::OutOfTurns => "turn limit",
+            Ending::Truncated => "length limit",
+        }
+        .into(),
+        steps,
+        f1: t.reward.f1,
+        em: t.reward.em,
+        reward: t.reward.total,
+        reward_parts: vec![
+            RewardPart { name: "answer".into(), value: t.reward.total - t.reward.format_part },
+            RewardPart { name: "format".into(), value: t.reward.format_part },
+        ],
+        advantage,
+    })
+}

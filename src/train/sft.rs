@@ -1,0 +1,62 @@
+//! Supervised fine-tuning on a teacher's episodes: the warm start before reinforcement learning.
+
+use super::batch::{MicroBatch, Sample, micro_batches};
+use super::config::RunConfig;
+use super::grpo::Finished;
+use super::learner::{Goal, Learner};
+use super::run::Keeper;
+use super::schedule::Schedule;
+use crate::Result;
+use crate::agent::Trajectory;
+use crate::report::view::Phase;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// Teaches `learner` the tokens that trajectories say the policy wrote, from step `keeper.step()` to
+/// `config.optim.steps`. `episode(i)` gives the `i`-th episode of an endless sequence (see
+/// [`item_at`](super::order::item_at)); a step takes `config.sft.batch_size` of them and weighs all their tokens alike.
+///
+/// # Errors
+/// Whatever fails; the run's folder is whole then.
+pub fn sft(
+    config: &RunConfig,
+    learner: &mut Learner,
+    keeper: &mut Keeper,
+    stop: &AtomicBool,
+    episode: impl Fn(u64) -> Result<Trajectory> + Sync,
+) -> Result<Finished> {
+    let schedule = Schedule::new(&config.optim);
+    while keeper.step() < config.optim.steps {
+        if stop.load(Ordering::Relaxed) {
+            keeper.save(learner)?;
+            return Ok(Finished::Stopped { at: keeper.step() });
+        }
+        let (step, started) = (keeper.step(), Instant::now());
+        let first = step * config.sft.batch_size as u64;
+        let episodes = (first..first + config.sft.batch_size as u64).map(&episode).collect::<Result<Vec<_>>>()?;
+        let micros = supervised(&episodes, config.optim.micro_batch_tokens);
+        let lr = schedule.lr(step);
+        let (stats, update) = learner.update(&micros, Goal::Nll, None, lr)?;
+        let n = stats.loss.len().max(1) as f64;
+        let metrics = [
+            ("sft/loss", stats.loss.iter().map(|&l| f64::from(l)).sum::<f64>() / n),
+            ("policy/entropy", stats.entropy.iter().map(|&l| f64::from(l)).sum::<f64>() / n),
+            ("optim/grad_norm", update.grad_norm.into()),
+            ("optim/lr", lr),
+            ("speed/train_s", started.elapsed().as_secs_f64()),
+        ];
+        keeper.log(step, &metrics, Phase::Train, &[])?;
+        keeper.completed(learner)?;
+    }
+    keeper.save(learner)?;
+    Ok(Finished::Complete)
+}
+
+/// Micro-batches in which every token that the policy wrote weighs the same, and all together weigh 1.
+pub fn supervised(episodes: &[Trajectory], max_rows: usize) -> Vec<MicroBatch> {
+    let tokens: usize = episodes.iter().map(Trajectory::sampled).sum();
+    let weight = 1.0 / tokens.max(1) as f32;
+    let groups: Vec<Vec<Sample>> =
+        episodes.iter().map(|trajectory| vec![Sample { trajectory, advantage: 0.0, weight }]).collect();
+    micro_batches(&groups, max_rows)
+}
