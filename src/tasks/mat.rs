@@ -113,6 +113,19 @@ impl Row {
     }
 }
 
+/// The box `[x_min, y_min, x_max, y_max]` that a crop's question names, normalised to 0..1000: the first list of four whole numbers
+/// in it. `None` where there is none, or where it is empty or reaches past 1000.
+pub fn crop_box(question: &str) -> Option<[u32; 4]> {
+    question
+        .split('[')
+        .skip(1)
+        .find_map(|rest| {
+            let numbers: Option<Vec<u32>> = rest.split_once(']')?.0.split(',').map(|n| n.trim().parse().ok()).collect();
+            <[u32; 4]>::try_from(numbers?).ok()
+        })
+        .filter(|[left, top, right, bottom]| left < right && top < bottom && *right <= 1000 && *bottom <= 1000)
+}
+
 /// Reads one row, saying where it is when it is wrong.
 struct Reader<'a> {
     path: &'a Path,

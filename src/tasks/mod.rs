@@ -4,10 +4,12 @@
 //! |---|---|
 //! | [`mat`] | MAT-Coding's row format: reading, writing, loading the images of a row |
 //! | [`scorer`] | F1 and exact match: the published scorer and the modern one |
+//! | [`synthetic`] | examples made by us: text and shapes, degraded, with answer and ideal repair |
 
 mod examples;
 pub mod mat;
 pub mod scorer;
+pub mod synthetic;
 
 pub use examples::{Examples, MatExamples};
 

@@ -15,6 +15,23 @@ use crate::{Error, Result};
 /// What is installed, pinned, so that the same code gives the same pixels everywhere.
 pub const REQUIREMENTS: [&str; 3] = ["numpy==2.4.6", "opencv-python-headless==5.0.0.93", "pillow==13.0.0"];
 
+/// The package whose photographs are used, and those of them that its documentation says are CC0 or in the public domain.
+const PHOTOGRAPHS: (&str, [&str; 10]) = (
+    "scikit-image==0.26.0",
+    [
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "chelsea.png",
+        "clock_motion.png",
+        "coffee.png",
+        "grass.png",
+        "gravel.png",
+        "hubble_deep_field.jpg",
+        "rocket.jpg",
+    ],
+);
+
 /// The oldest Python for which all of [`REQUIREMENTS`] exist.
 const OLDEST: (u32, u32) = (3, 11);
 
@@ -64,15 +81,10 @@ impl Search {
         if let Some(python) = self.venv.as_deref().filter(|v| has_modules(v)).map(interpreter) {
             return Ok(python);
         }
-        let Some(cache) = &self.cache else {
-            return Err(Error::input(
-                "no folder for the python tool's environment: neither HOME nor XDG_CACHE_HOME is set",
-                format!("set one of them, or VARFT_PYTHON to an interpreter that has {}", REQUIREMENTS.join(" ")),
-            ));
-        };
+        let cache = self.cache()?;
         let folder = cache.join(format!("python-{}", &blake3::hash(REQUIREMENTS.join(" ").as_bytes()).to_hex()[..12]));
         let python = interpreter(&folder);
-        if python.exists() {
+        if folder.is_dir() {
             return Ok(python);
         }
         if !self.install {
@@ -84,43 +96,100 @@ impl Search {
                 ),
             ));
         }
-        self.make(cache, &folder)?;
+        make(&folder, "making the python tool's environment (once)", install)?;
         Ok(python)
     }
 
-    fn make(&self, cache: &Path, folder: &Path) -> Result<()> {
-        std::fs::create_dir_all(cache).map_err(|e| Error::io("create", cache, e))?;
-        let bar = ProgressBar::new_spinner();
-        let style = "{spinner} python tool: {msg} [{elapsed}]";
-        bar.set_style(ProgressStyle::with_template(style).map_err(|e| Error::internal(e.to_string()))?);
-        bar.enable_steady_tick(Duration::from_millis(120));
-        bar.set_message("waiting for another process that makes the same environment");
-        let _lock = lock(&folder.with_extension("lock"))?;
-        if interpreter(folder).exists() {
-            bar.finish_and_clear();
-            return Ok(()); // the other process made it
+    /// A folder of photographs under free licences, from a package; downloaded on first use, under the same rules.
+    ///
+    /// # Errors
+    /// Those of [`Search::find`].
+    pub fn photographs(&self) -> Result<PathBuf> {
+        let (package, names) = PHOTOGRAPHS;
+        let folder = self.cache()?.join(format!("photographs-{package}"));
+        if folder.is_dir() {
+            return Ok(folder);
         }
-        // Under the lock nobody else works on these, so what lies here was left by one that was killed.
-        let part = folder.with_extension("part");
-        for old in [&part, &folder.to_path_buf()] {
-            match std::fs::remove_dir_all(old) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", old, e)),
-                _ => {}
+        if !self.install {
+            return Err(Error::input(
+                format!(
+                    "{}: there are no photographs, and downloading is turned off (VARFT_NO_INSTALL)",
+                    folder.display()
+                ),
+                "unset VARFT_NO_INSTALL, or go without photographs",
+            ));
+        }
+        let python = self.find()?;
+        make(&folder, &format!("downloading the photographs of {package} (once)"), |part, bar| {
+            let unpacked = part.join("package");
+            let mut pip = Command::new(python);
+            pip.args(PIP).arg("--no-deps").arg("--target").arg(&unpacked).arg(package);
+            step(bar, &mut pip, "check the network and pip's settings (proxy, index), or go without photographs")?;
+            for name in names {
+                let (from, to) = (unpacked.join("skimage/data").join(name), part.join(name));
+                std::fs::rename(&from, &to).map_err(|e| Error::io("take a photograph from", from, e))?;
             }
-        }
-        let base = base_python()?;
-        bar.println(format!("making the python tool's environment in {} (once)", folder.display()));
-        bar.set_message("python3 -m venv");
-        let hint = "install Python's venv module (Debian, Ubuntu: apt install python3-venv), or set VARFT_PYTHON";
-        step(&bar, Command::new(&base).args(["-m", "venv"]).arg(&part), hint)?;
-        let hint = "check the network and pip's settings (proxy, index), or install them yourself and set VARFT_PYTHON";
-        let mut pip = Command::new(interpreter(&part));
-        pip.args(["-m", "pip", "install", "--only-binary=:all:", "--disable-pip-version-check", "--progress-bar=off"]);
-        step(&bar, pip.args(REQUIREMENTS), hint)?;
-        std::fs::rename(&part, folder).map_err(|e| Error::io("rename the finished environment to", folder, e))?;
-        bar.finish_and_clear();
-        Ok(())
+            std::fs::remove_dir_all(&unpacked).map_err(|e| Error::io("remove", unpacked, e))
+        })?;
+        Ok(folder)
     }
+
+    fn cache(&self) -> Result<&Path> {
+        self.cache.as_deref().ok_or_else(|| {
+            Error::input(
+                "no folder for the python tool's environment: neither HOME nor XDG_CACHE_HOME is set",
+                format!("set one of them, or VARFT_PYTHON to an interpreter that has {}", REQUIREMENTS.join(" ")),
+            )
+        })
+    }
+}
+
+const PIP: [&str; 6] =
+    ["-m", "pip", "install", "--only-binary=:all:", "--disable-pip-version-check", "--progress-bar=off"];
+
+/// A new environment with all of [`REQUIREMENTS`].
+fn install(part: &Path, bar: &ProgressBar) -> Result<()> {
+    let base = base_python()?;
+    bar.set_message("python3 -m venv");
+    let hint = "install Python's venv module (Debian, Ubuntu: apt install python3-venv), or set VARFT_PYTHON";
+    step(bar, Command::new(base).args(["-m", "venv"]).arg(part), hint)?;
+    let hint = "check the network and pip's settings (proxy, index), or install them yourself and set VARFT_PYTHON";
+    step(bar, Command::new(interpreter(part)).args(PIP).args(REQUIREMENTS), hint)
+}
+
+/// Makes a folder whole or not at all: in a temporary one beside it, under a lock, ended by a rename. So it is safe against other
+/// processes that make the same one, and against being killed.
+fn make(folder: &Path, what: &str, fill: impl FnOnce(&Path, &ProgressBar) -> Result<()>) -> Result<()> {
+    let parent = folder.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
+    let bar = ProgressBar::new_spinner();
+    let style = "{spinner} {msg} [{elapsed}]";
+    bar.set_style(ProgressStyle::with_template(style).map_err(|e| Error::internal(e.to_string()))?);
+    bar.enable_steady_tick(Duration::from_millis(120));
+    bar.set_message("waiting for another process that makes the same folder");
+    let beside = |suffix: &str| {
+        let mut name = folder.as_os_str().to_owned();
+        name.push(suffix);
+        PathBuf::from(name)
+    };
+    let _lock = lock(&beside(".lock"))?;
+    if folder.exists() {
+        bar.finish_and_clear();
+        return Ok(()); // the other process made it
+    }
+    // Under the lock nobody else works on it, so what lies here was left by one that was killed.
+    let part = beside(".part");
+    match std::fs::remove_dir_all(&part) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", part, e)),
+        _ => {}
+    }
+    std::fs::create_dir(&part).map_err(|e| Error::io("create", &part, e))?;
+    // Said on standard error in words as well: a spinner is only seen on a terminal.
+    eprintln!("{what}, in {}", folder.display());
+    fill(&part, &bar)?;
+    std::fs::rename(&part, folder).map_err(|e| Error::io("rename what was made to", folder, e))?;
+    bar.finish_and_clear();
+    Ok(())
 }
 
 fn interpreter(folder: &Path) -> PathBuf {
@@ -199,7 +268,7 @@ fn step(bar: &ProgressBar, command: &mut Command, hint: &str) -> Result<()> {
         return Ok(());
     }
     let errors = errors.join().unwrap_or_default();
-    let said = super::super::clean(&errors);
+    let said = crate::tools::clean(&errors);
     let said: Vec<&str> = said.lines().rev().take(8).collect();
     let said = said.into_iter().rev().map(str::to_owned);
     Err(fail(format!("failed ({status}):\n{}", last.into_iter().chain(said).collect::<Vec<_>>().join("\n"))))
