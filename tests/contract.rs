@@ -46,7 +46,8 @@ fn random_prompt(rng: &mut Rng, m: &Model, longest: usize) -> Prompt {
         p.tokens.extend(text(kind * 10 + part, n));
         if rng.below(2) == 0 {
             let kind = rng.below(4);
-            p.push_image(image(kind, 1 + kind, 5 - kind), m.config.tokens.image);
+            let (h, w) = [(1, 5), (2, 4), (5, 7), (4, 9)][kind];
+            p.push_image(image(kind, h, w), m.config.tokens.image);
         }
     }
     p.truncate(longest - 1);
@@ -74,11 +75,11 @@ fn random_engine(rng: &mut Rng, m: &Arc<Model>, scarce: bool) -> Engine {
     let pages = max_context.div_ceil(32) + if scarce { 0 } else { [0, 1, 5, 100][rng.below(4)] };
     let options = EngineOptions {
         kv_bytes: kv_bytes(m, pages),
-        vision_bytes: (32 + rng.below(100)) * m.config.hidden_size * 4,
+        vision_bytes: (64 + rng.below(100)) * m.config.hidden_size * 4,
         max_context,
         max_sequences: 1 + rng.below(12),
         step_tokens: [4, 16, 40, 64, 256][rng.below(5)],
-        step_patches: 36 + rng.below(64),
+        step_patches: 144 + rng.below(200),
         ..EngineOptions::default()
     };
     Engine::start(m.clone(), options).unwrap()

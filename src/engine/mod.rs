@@ -332,3 +332,36 @@ impl Paused<'_> {
         self.hold.send(()).map_err(|_| self.engine.client.link.stopped())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+    use crate::input::{Image, ImageSpan};
+    use crate::model::{LoadOptions, Preset};
+
+    #[test]
+    fn a_panic_of_the_thread_reaches_every_caller() {
+        let model = Model::random(Preset::Tiny.config(), 1, &Device::cpu(1), &LoadOptions::default()).unwrap();
+        let options =
+            EngineOptions { kv_bytes: 1 << 20, vision_bytes: 1 << 16, step_patches: 64, ..Default::default() };
+        let engine = Engine::start(Arc::new(model), options).unwrap();
+        let prompt = Prompt::from_tokens(vec![1, 2, 3]);
+        let mut session = engine.session();
+        session.append(prompt.clone()).unwrap();
+        let sampling = Sampling { max_tokens: 900, ..Sampling::default() };
+        let running = session.generate(sampling.clone()).unwrap();
+        // Past the checks of the handles: a span that reaches past its tokens.
+        let image = Arc::new(Image::from_resized(vec![0; 28 * 28 * 3], 28, 28, 14, (28, 28)).unwrap());
+        let broken = Prompt { tokens: vec![1], images: vec![ImageSpan { offset: 9, len: 1, image }] };
+        engine.client.send(Command::Append { id: 77, prompt: broken }).unwrap();
+        let told = running.wait().unwrap_err().to_string();
+        assert!(told.contains("the engine failed") && told.contains("image spans"), "{told}");
+        while engine.client.send(Command::Close { id: 77 }).is_ok() {
+            std::thread::yield_now(); // the thread is still going down
+        }
+        let later = engine.generate(Request { prompt, sampling, n: 1 }).err().unwrap().to_string();
+        assert!(later.contains("the engine failed"), "{later}");
+        assert!(engine.pause().is_err());
+    }
+}

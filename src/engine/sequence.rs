@@ -134,12 +134,9 @@ impl Sequence {
         self.keys.clear();
     }
 
-    /// Gives the last page back, and those before it that would leave the next forward to begin within an image.
+    /// Gives the last page back.
     pub fn drop_last_page(&mut self, blocks: &mut Blocks, block: usize) {
-        let keep = self.blocks.len().saturating_sub(1) * block;
-        if self.computed > keep {
-            self.computed = self.outside_images(keep, block);
-        }
+        self.computed = self.computed.min(self.blocks.len().saturating_sub(1) * block);
         self.truncate_pages(blocks, block);
     }
 
@@ -158,17 +155,9 @@ impl Sequence {
         self.published = self.published.min(self.computed / block);
     }
 
-    /// The largest page boundary of at most `n` tokens that does not lie within an image.
-    fn outside_images(&self, n: usize, block: usize) -> usize {
-        let mut n = n / block * block;
-        while let Some(s) = self.images.iter().find(|s| s.offset < n && n < s.offset + s.len) {
-            n = s.offset / block * block;
-        }
-        n
-    }
-
     /// Takes published pages that hold this sequence's next tokens; returns how many tokens that saved. The last token is
-    /// never taken: it has to be computed to draw from it.
+    /// never taken: it has to be computed to draw from it. What was found may end within an image: the forward can begin
+    /// anywhere, since it reads image rows from the vision cache.
     pub fn find_prefix(&mut self, blocks: &mut Blocks, block: usize, epoch: u64) -> usize {
         let before = self.computed;
         if before != self.blocks.len() * block {
@@ -183,9 +172,8 @@ impl Sequence {
                 None => break,
             }
         }
-        self.computed = self.outside_images(self.blocks.len() * block, block).max(before);
-        self.truncate_pages(blocks, block);
-        self.published = self.computed / block;
+        self.computed = self.blocks.len() * block;
+        self.published = self.blocks.len();
         self.computed - before
     }
 

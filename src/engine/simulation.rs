@@ -416,3 +416,44 @@ fn parked_sessions_are_the_first_victims_and_come_back_right() {
     run_until(&mut sim, &[&again]);
     check(again.wait().unwrap(), &history, &sampling, 40, Some(0));
 }
+
+#[test]
+fn a_long_prompt_does_not_hold_up_those_who_decode() {
+    let mut sim = Simulation::new(limits(200), 100, 64);
+    sim.scheduler.append(0, &Prompt::from_tokens(vec![10; 150]));
+    for id in 1..4 {
+        sim.scheduler.append(id, &Prompt::from_tokens(vec![20; id as usize]));
+    }
+    let sampling = Sampling { max_tokens: 20, ..Sampling::default() };
+    let short: Vec<_> = (1..4).map(|id| sim.generate(id, &sampling, false, None)).collect();
+    (0..3).for_each(|_| sim.step());
+    // The older sequence comes first, and still leaves each of the others its token.
+    let long = sim.generate(0, &sampling, false, None);
+    for _ in 0..10 {
+        sim.step();
+        let plan = &sim.running.as_ref().unwrap().0;
+        assert_eq!((plan.draws.len(), plan.rows()), (3, 8));
+    }
+    assert!(!long.finished());
+    run_until(&mut sim, &short.iter().chain([&long]).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_prompt_found_up_to_the_middle_of_an_image_goes_on_there() {
+    let mut sim = Simulation::new(limits(100), 50, 64);
+    let sampling = Sampling { max_tokens: 3, ..Sampling::default() };
+    let mut prompt = Prompt::from_tokens(vec![10, 11]);
+    prompt.push_image(picture(2), PAD); // 9 tokens: two pages and three tokens with the text before it
+    let mut rows = Vec::new();
+    for (id, last) in [(0, 20), (1, 21)] {
+        let mut p = prompt.clone();
+        p.tokens.push(last);
+        sim.scheduler.append(id, &p);
+        let before = sim.scheduler.counters.prefix_hit_tokens;
+        let feed = sim.generate(id, &sampling, true, None);
+        run_until(&mut sim, &[&feed]);
+        check(feed.wait().unwrap(), &p, &sampling, 100, Some(0));
+        rows.push((sim.scheduler.counters.prefix_hit_tokens - before, sim.scheduler.counters.vision_misses));
+    }
+    assert_eq!(rows, [(0, 1), (8, 1)]);
+}
