@@ -1,4 +1,4 @@
-use crate::tasks::scorer;
+use crate::tasks::scorer::{Score, Scorer};
 use serde::{Deserialize, Serialize};
 
 /// Which score of the answer is rewarded.
@@ -18,6 +18,8 @@ pub enum Accuracy {
 pub struct RewardRule {
     /// What counts as accuracy.
     pub accuracy: Accuracy,
+    /// How an answer is compared with the right ones.
+    pub scorer: Scorer,
     /// Weight of accuracy, which lies in 0..=1.
     pub accuracy_weight: f64,
     /// Weight of format, which is 1 where every turn was well formed and the last one answered, else 0.
@@ -26,7 +28,7 @@ pub struct RewardRule {
 
 impl Default for RewardRule {
     fn default() -> Self {
-        RewardRule { accuracy: Accuracy::F1, accuracy_weight: 1.0, format_weight: 0.2 }
+        RewardRule { accuracy: Accuracy::F1, scorer: Scorer::Squad, accuracy_weight: 1.0, format_weight: 0.2 }
     }
 }
 
@@ -48,7 +50,7 @@ pub struct Reward {
 impl RewardRule {
     /// Scores an answer (`None`: the episode ended without one) against gold answers.
     pub fn score(&self, answer: Option<&str>, gold: &[String], well_formed: bool) -> Reward {
-        let scorer::Score { f1, em } = scorer::squad(answer, gold);
+        let Score { f1, em } = self.scorer.score(answer, gold);
         let format = f64::from(well_formed && answer.is_some());
         let accuracy = match self.accuracy {
             Accuracy::F1 => f1,
@@ -74,6 +76,10 @@ mod tests {
         let half = rule.score(Some("4 8"), &gold, false);
         assert_eq!((half.f1, half.em, half.format, half.total), (0.5, 0.0, 0.0, 1.0));
         assert_eq!(rule.score(None, &gold, true), Reward::default());
+        let gold = ["go go".to_owned()];
+        let published = RewardRule { scorer: Scorer::Reference, ..rule.clone() };
+        assert!(published.score(Some("go go go"), &gold, true).f1 < rule.score(Some("go go go"), &gold, true).f1);
+        let gold = ["4 7".to_owned()];
         let em = RewardRule { accuracy: Accuracy::Em, ..rule };
         assert_eq!(em.score(Some("4 8"), &gold, true).total, 0.5);
     }

@@ -32,8 +32,8 @@ pub struct Void {
     pub error: Error,
 }
 
-#[derive(Clone)]
 /// Runs many episodes at once: each on a thread of its own that mostly waits, for the engine or for its tool.
+#[derive(Clone)]
 pub struct Rollouts {
     /// Who answers.
     pub policy: Arc<dyn Policy>,

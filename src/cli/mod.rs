@@ -7,6 +7,9 @@ mod doctor;
 mod init;
 mod inspect;
 mod report;
+mod session;
+mod setup;
+mod train;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -27,6 +30,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Init(init::Args),
+    Train(train::Args),
     Inspect(inspect::Args),
     Report(report::Args),
     Doctor(doctor::Args),
@@ -36,6 +40,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Init(args) => init::run(&args),
+        Command::Train(args) => train::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Doctor(args) => doctor::run(&args),

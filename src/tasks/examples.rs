@@ -1,3 +1,4 @@
+use super::synthetic::{Subset, Synthetic};
 use super::{Example, mat};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -44,5 +45,24 @@ impl Examples for MatExamples {
     }
     fn get(&self, i: u64) -> Result<Arc<Example>> {
         self.rows[i as usize].load(&self.images).map(Arc::new)
+    }
+}
+
+/// The first examples of a subset of the synthetic task; each is made when it is asked for.
+pub struct SyntheticExamples {
+    /// Makes them.
+    pub task: Arc<Synthetic>,
+    /// To learn from, or held out.
+    pub subset: Subset,
+    /// How many; at least 1.
+    pub items: u64,
+}
+
+impl Examples for SyntheticExamples {
+    fn len(&self) -> u64 {
+        self.items
+    }
+    fn get(&self, i: u64) -> Result<Arc<Example>> {
+        Ok(Arc::new(self.task.example(self.subset, i)))
     }
 }

@@ -11,7 +11,7 @@ pub mod mat;
 pub mod scorer;
 pub mod synthetic;
 
-pub use examples::{Examples, MatExamples};
+pub use examples::{Examples, MatExamples, SyntheticExamples};
 
 use std::sync::Arc;
 

@@ -11,6 +11,27 @@
 
 use std::collections::{HashMap, HashSet};
 
+/// Which of the two scores an answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scorer {
+    /// [`squad`]
+    #[default]
+    Squad,
+    /// [`reference`], for comparison with published figures.
+    Reference,
+}
+
+impl Scorer {
+    /// Scores `answer` (`None`: there was none) against the right ones.
+    pub fn score(self, answer: Option<&str>, golds: &[impl AsRef<str>]) -> Score {
+        match self {
+            Scorer::Squad => squad(answer, golds),
+            Scorer::Reference => reference(answer, golds),
+        }
+    }
+}
+
 /// What an answer is worth: both from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Score {

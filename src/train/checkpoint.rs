@@ -5,8 +5,8 @@
 //! its size; a folder that does not match its list (copied half, or damaged since) is passed over for an earlier one.
 //!
 //! What lies in it: the model as a Hugging Face folder (transformers loads it as it is), `optimizer.safetensors`, and
-//! `train_state.json`. All noise in this program is drawn by counter (seed, episode, position), so the state of the random
-//! generators is those counters.
+//! `train_state.json`. All noise in this program is drawn by counter (seed, episode, position), and the order of the data is a
+//! function of the seed, so the number of completed steps says where both go on.
 
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -25,12 +25,6 @@ pub struct TrainState {
     pub updates: u64,
     /// Decides all that is random.
     pub seed: u64,
-    /// The pass over the data that is under way, from 0; with the seed it gives the order of the pass.
-    pub epoch: u64,
-    /// Items of that pass that are done.
-    pub position: u64,
-    /// The number of the next episode, by which its noise is drawn.
-    pub next_episode: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -202,7 +196,7 @@ mod tests {
     use std::io::Write;
 
     fn state(step: u64) -> TrainState {
-        TrainState { kind: "train".into(), step, updates: step, seed: 7, epoch: 1, position: 5, next_episode: 99 }
+        TrainState { kind: "train".into(), step, updates: step, seed: 7 }
     }
 
     fn save(c: &Checkpoints, step: u64) -> Result<PathBuf> {

@@ -12,6 +12,9 @@
 //! folder holds every key as it was resolved.
 
 use super::schedule::Decay;
+use crate::agent::{Accuracy, PromptStyle};
+use crate::tasks::scorer::Scorer;
+use crate::tasks::synthetic;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -64,7 +67,7 @@ section! {
         name: String = "run".into(),
         /// Where runs lie.
         dir: String = "runs".into(),
-        /// Decides everything that is random: the order of the data, what is sampled, made-up images.
+        /// Decides what is random in the run: the order of the questions, and what is sampled.
         seed: u64 = 0,
         /// Threads of the device; 0 means all cores that the process may use. Changes no result.
         threads: usize = 0,
@@ -106,10 +109,17 @@ section! {
         eval: String = String::new(),
         /// `mat`: the folder that image paths start from.
         images: String = String::new(),
+        /// `synthetic`: decides images and questions; runs with the same one are asked the same.
+        seed: u64 = 0,
         /// `synthetic`: how many different training questions there are.
         train_items: usize = 4096,
         /// How many held-out questions are asked (`mat`: at most; 0 for all).
         eval_items: usize = 300,
+        /// `synthetic`: uses photographs under free licences as backgrounds (downloaded on first use), unless
+        /// `synthetic.photographs` names a folder of others.
+        photographs: bool = false,
+        /// `[task.synthetic]`: what the images and questions are like.
+        synthetic: synthetic::Config = synthetic::Config::default(),
     }
 }
 
@@ -120,6 +130,8 @@ section! {
         prompts: usize = 16,
         /// Completions per question: the group over which advantages are taken.
         group_size: usize = 8,
+        /// How much the system prompt explains: `full` for a pretrained model, `brief` for one that learned the steps.
+        prompt: PromptStyle = PromptStyle::Full,
         /// An episode may call its tool and go on so often before it must have answered.
         max_turns: usize = 5,
         /// Tokens that one turn may have.
@@ -128,7 +140,9 @@ section! {
         context: usize = 8192,
         /// Sampling temperature in training; log-probabilities are those at this temperature.
         temperature: f64 = 1.0,
-        /// Samples among the k likeliest tokens; 0 among all.
+        /// Samples among the k likeliest tokens; 0 among all. Log-probabilities are those before this and the next two cut
+        /// anything, so training with them takes samples of another distribution than the one it corrects for: a bias that
+        /// grows with what is cut. Leave all three off for training unless you mean it.
         top_k: usize = 0,
         /// Samples among the likeliest tokens that together reach this probability; 1 among all.
         top_p: f64 = 1.0,
@@ -136,6 +150,10 @@ section! {
         min_p: f64 = 0.0,
         /// Sampling temperature in evaluation; 0 takes the likeliest token.
         eval_temperature: f64 = 0.0,
+        /// Episodes in flight at once; more wait. Changes no result.
+        concurrency: usize = 64,
+        /// Characters of a program's output that the model is shown, from its end.
+        output_chars: usize = 2000,
         /// Tokens in one forward pass of the engine, decoding and prompts together.
         batch_tokens: usize = 1024,
         /// Memory for keys and values, in MiB.
@@ -176,21 +194,13 @@ section! {
     }
 }
 
-/// How an answer is compared with the right ones.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Scorer {
-    /// F1 over multisets of words and exact match, as SQuAD's evaluation does.
-    Squad,
-    /// The published Visual-ARFT scorer, for comparison with its figures.
-    Reference,
-}
-
 section! {
     /// `[reward]`: the sum of weighted parts.
     Reward {
-        /// Weight of the answer's F1.
+        /// Weight of the answer's score.
         answer: f64 = 1.0,
+        /// Which score: `f1`, or `em` for exact match.
+        accuracy: Accuracy = Accuracy::F1,
         /// Weight of an episode that keeps to the format throughout.
         format: f64 = 0.2,
         /// How answers are compared: `squad` or `reference`.
@@ -325,12 +335,18 @@ impl RunConfig {
             (not_negative(r.eval_temperature), "rollout.eval_temperature", "0 or more"),
             (share(r.top_p) && r.top_p > 0.0, "rollout.top_p", "more than 0 and at most 1"),
             (share(r.min_p) && r.min_p < 1.0, "rollout.min_p", "at least 0 and less than 1"),
+            (r.concurrency > 0, "rollout.concurrency", "at least 1"),
             (r.batch_tokens > 0, "rollout.batch_tokens", "at least 1"),
             (r.kv_cache_mib > 0, "rollout.kv_cache_mib", "at least 1"),
             (positive(p.cpu_s), "tools.python.cpu_s", "more than 0"),
             (p.memory_mib > 0, "tools.python.memory_mib", "at least 1"),
             (p.file_mib > 0, "tools.python.file_mib", "at least 1"),
             (p.output_kib > 0, "tools.python.output_kib", "at least 1"),
+            (
+                self.task.kind == TaskKind::Mat || self.task.eval_items > 0,
+                "task.eval_items",
+                "at least 1 for the synthetic task",
+            ),
             (self.reward.answer.is_finite(), "reward.answer", "a number"),
             (self.reward.format.is_finite(), "reward.format", "a number"),
             (self.sft.batch_size > 0, "sft.batch_size", "at least 1"),

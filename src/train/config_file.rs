@@ -3,13 +3,25 @@
 use super::config::RunConfig;
 use crate::{Error, Result};
 use serde::Deserialize;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Table, Value};
 
 /// Keys that may differ between a run and its continuation: they change no weight.
-const FREE: [&str; 6] =
-    ["run.name", "run.dir", "run.threads", "tools.python.interpreter", "tools.python.install", "log."];
+const FREE: [&str; 11] = [
+    "run.name",
+    "run.dir",
+    "run.threads",
+    "rollout.concurrency",
+    "rollout.batch_tokens",
+    "rollout.kv_cache_mib",
+    "rollout.vision_cache_mib",
+    "tools.python.interpreter",
+    "tools.python.install",
+    "tools.python.concurrency",
+    "log.",
+];
 
 impl RunConfig {
     /// Reads a run file (none: all defaults), then applies `overrides`, each `section.key=value` with a TOML value (text
@@ -70,25 +82,37 @@ impl RunConfig {
     /// As [`RunConfig::to_toml`].
     pub fn conflicts(&self, earlier: &RunConfig) -> Result<Vec<String>> {
         let (new, old) = (flat(self)?, flat(earlier)?);
-        let differ = new.into_iter().zip(old).filter(|((key, new), (_, old))| {
-            let free = FREE.iter().any(|f| key == f || (f.ends_with('.') && key.starts_with(f)));
+        let mut keys = Vec::new();
+        leaves(&schema()?, "", &mut |key, _| keys.push(key.to_string()));
+        let shown = |v: Option<&Value>| v.map_or("nothing".into(), |v| v.to_string());
+        let mut conflicts = Vec::new();
+        for key in keys {
+            let (new, old) = (new.get(&key), old.get(&key));
+            let free = FREE.iter().any(|f| key == *f || (f.ends_with('.') && key.starts_with(f)));
             // A constant rate does not know how long it lasts.
             let longer = key == "optim.steps" && self.optim.schedule == super::schedule::Decay::Constant;
-            new != old && !free && !longer
-        });
-        Ok(differ.map(|((key, new), (_, old))| format!("{key}: {old} before, {new} now")).collect())
+            if new != old && !free && !longer {
+                conflicts.push(format!("{key}: {} before, {} now", shown(old), shown(new)));
+            }
+        }
+        Ok(conflicts)
     }
 }
 
 /// The default configuration as a table: which keys there are, and the types of their values.
 fn schema() -> Result<Table> {
-    Table::try_from(RunConfig::default()).map_err(|e| Error::internal(format!("the configuration as TOML: {e}")))
+    let mut config = RunConfig::default();
+    // TOML has no null: a key that may be absent is in the schema by a stand-in.
+    config.task.synthetic.photographs = Some(PathBuf::new());
+    Table::try_from(config).map_err(|e| Error::internal(format!("the configuration as TOML: {e}")))
 }
 
-fn flat(config: &RunConfig) -> Result<Vec<(String, Value)>> {
+fn flat(config: &RunConfig) -> Result<HashMap<String, Value>> {
     let table = Table::try_from(config).map_err(|e| Error::internal(format!("the configuration as TOML: {e}")))?;
-    let mut out = Vec::new();
-    leaves(&table, "", &mut |key, value| out.push((key.to_string(), value.clone())));
+    let mut out = HashMap::new();
+    leaves(&table, "", &mut |key, value| {
+        out.insert(key.to_string(), value.clone());
+    });
     Ok(out)
 }
 

@@ -43,25 +43,18 @@ pub fn train(
 ) -> Result<Finished> {
     let schedule = Schedule::new(&config.optim);
     let mut trainer = Trainer { config, setup, learner, reference, schedule };
-    while keeper.step() < config.optim.steps {
-        let step = keeper.step();
-        if config.log.eval_every > 0 && step.is_multiple_of(config.log.eval_every) {
-            setup.evaluate(config, step, keeper)?;
+    match trainer.steps(keeper) {
+        Ok(()) => {
+            keeper.save(trainer.learner)?;
+            Ok(Finished::Complete)
         }
-        match trainer.step(step, keeper) {
-            Ok(()) => keeper.completed(trainer.learner)?,
-            Err(Error::Cancelled(_)) if setup.stop.load(Ordering::Relaxed) => {
-                keeper.save(trainer.learner)?;
-                return Ok(Finished::Stopped { at: keeper.step() });
-            }
-            Err(e) => return Err(e),
+        // Rollouts are what is interrupted; an update under way is finished first, so the state is that of whole steps.
+        Err(Error::Cancelled(_)) if setup.stop.load(Ordering::Relaxed) => {
+            keeper.save(trainer.learner)?;
+            Ok(Finished::Stopped { at: keeper.step() })
         }
+        Err(e) => Err(e),
     }
-    if config.log.eval_every > 0 {
-        setup.evaluate(config, config.optim.steps, keeper)?;
-    }
-    keeper.save(trainer.learner)?;
-    Ok(Finished::Complete)
 }
 
 struct Trainer<'a> {
@@ -81,6 +74,22 @@ struct Selected<'a> {
 }
 
 impl Trainer<'_> {
+    /// All steps that are left, and the evaluations between them.
+    fn steps(&mut self, keeper: &mut Keeper) -> Result<()> {
+        let (every, last) = (self.config.log.eval_every, self.config.optim.steps);
+        loop {
+            let step = keeper.step();
+            if every > 0 && (step.is_multiple_of(every) || step >= last) {
+                self.setup.evaluate(self.config, step, keeper)?;
+            }
+            if step >= last {
+                return Ok(());
+            }
+            self.step(step, keeper)?;
+            keeper.completed(self.learner)?;
+        }
+    }
+
     fn step(&mut self, step: u64, keeper: &mut Keeper) -> Result<()> {
         let (r, a) = (&self.config.rollout, &self.config.algo);
         let started = Instant::now();

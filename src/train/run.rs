@@ -9,7 +9,7 @@ use crate::engine::{Engine, Sampling};
 use crate::input::Tokenizer;
 use crate::model::SaveOptions;
 use crate::report::view::{EpisodeView, Phase, RewardPart, StepView, TokenView};
-use crate::report::{MetricsLog, Progress, TrajectoryStore};
+use crate::report::{MetricsLog, Progress, TrajectoryStore, read_metrics};
 use crate::tasks::{Example, Examples};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -82,8 +82,11 @@ pub fn evaluate(
 }
 
 impl Setup {
-    /// Asks the held-out questions and writes down how it went under `step`.
-    pub(super) fn evaluate(&self, config: &RunConfig, step: u64, keeper: &mut Keeper) -> Result<Scores> {
+    /// Asks the held-out questions after `step` steps and writes down how it went, unless an earlier session has.
+    pub(super) fn evaluate(&self, config: &RunConfig, step: u64, keeper: &mut Keeper) -> Result<()> {
+        if keeper.evaluated == Some(step) {
+            return Ok(());
+        }
         let rollouts = Rollouts { options: eval_options(&self.rollouts.options, config), ..self.rollouts.clone() };
         let (scores, jobs, episodes) = evaluate(&rollouts, &self.eval, config.run.seed, |_, _| ())?;
         let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
@@ -91,7 +94,8 @@ impl Setup {
         metrics.push(("eval/void", scores.void as f64));
         let views = views(&episodes, &jobs, step, Phase::Eval, config.log.trajectories, keeper, |_| None)?;
         keeper.log(step, &metrics, Phase::Eval, &views)?;
-        Ok(scores)
+        keeper.evaluated = Some(step);
+        Ok(())
     }
 }
 
@@ -110,6 +114,8 @@ pub struct Keeper {
     /// Steps between checkpoints; 0: only when asked.
     every: u64,
     saved: Option<u64>,
+    /// The last step after which the held-out questions were asked.
+    evaluated: Option<u64>,
     progress: Progress,
     tokenizer: Arc<Tokenizer>,
     companions: Vec<PathBuf>,
@@ -117,22 +123,36 @@ pub struct Keeper {
 
 impl Keeper {
     /// Opens the folder `run_dir` for a run that stands at `state`: what a lost session wrote about later steps is cut.
+    /// Every checkpoint gets a copy of the files `companions`.
     ///
     /// # Errors
     /// [`Error::Io`](crate::Error::Io) when a file cannot be read or written.
-    pub fn open(run_dir: &Path, config: &RunConfig, state: TrainState, setup: &Setup) -> Result<Keeper> {
+    pub fn open(
+        run_dir: &Path,
+        config: &RunConfig,
+        state: TrainState,
+        tokenizer: Arc<Tokenizer>,
+        companions: Vec<PathBuf>,
+    ) -> Result<Keeper> {
         let store = TrajectoryStore::open(run_dir)?;
         store.cut(state.step)?;
+        let metrics = MetricsLog::open(run_dir, state.step, config.log.tensorboard)?;
+        let evaluated = read_metrics(run_dir)?
+            .iter()
+            .filter(|r| r.values.iter().any(|(name, _)| name.starts_with("eval/")))
+            .map(|r| r.step)
+            .max();
         Ok(Keeper {
-            metrics: MetricsLog::open(run_dir, state.step, config.log.tensorboard)?,
+            metrics,
             store,
+            evaluated,
             checkpoints: Checkpoints::new(run_dir, config.log.keep_last),
             every: config.log.checkpoint_every,
             saved: (state.step > 0).then_some(state.step),
             progress: Progress::new(&state.kind, state.step, config.optim.steps),
             state,
-            tokenizer: setup.tokenizer.clone(),
-            companions: setup.companions.clone(),
+            tokenizer,
+            companions,
         })
     }
 
@@ -167,7 +187,9 @@ impl Keeper {
         Ok(())
     }
 
-    /// Writes figures and episodes under `step`, and shows the figures that matter.
+    /// Writes figures and episodes, and shows the figures that matter. Episodes are filed under `step`, the number of
+    /// updates that their policy had; figures under the number of steps that are complete when they are known, which in
+    /// training is one more: what a lost session logged about a step that is taken again is then cut by its number.
     pub(super) fn log(
         &mut self,
         step: u64,
@@ -175,7 +197,7 @@ impl Keeper {
         phase: Phase,
         episodes: &[EpisodeView],
     ) -> Result<()> {
-        self.metrics.log(step, metrics)?;
+        self.metrics.log(step + u64::from(phase == Phase::Train), metrics)?;
         if !episodes.is_empty() {
             self.store.write(phase, step, episodes)?;
         }

@@ -1,0 +1,213 @@
+//! The folder of a run, and one session of work on it: begun anew or gone on with, never two at once.
+
+use super::setup::Loaded;
+use crate::model::write_atomically;
+use crate::train::checkpoint::{Checkpoint, Checkpoints, TrainState};
+use crate::train::learner::Learner;
+use crate::train::run::{Keeper, OPTIMIZER_FILE};
+use crate::train::{RunConfig, grpo::Finished};
+use crate::{Error, Result};
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Where a run is described, for the commands that train.
+#[derive(clap::Args)]
+pub(super) struct RunArgs {
+    /// The run file (TOML), or the folder of a run
+    #[arg(value_name = "RUN")]
+    pub file: Option<PathBuf>,
+    /// Sets one key of the run file; may be repeated
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Goes on from the run's newest complete checkpoint
+    #[arg(long)]
+    pub resume: bool,
+}
+
+impl RunArgs {
+    /// The configuration that the command line describes.
+    ///
+    /// # Errors
+    /// As [`RunConfig::read`].
+    pub fn config(&self) -> Result<RunConfig> {
+        match &self.file {
+            Some(dir) if dir.is_dir() => {
+                let file = dir.join(CONFIG_FILE);
+                if !file.is_file() {
+                    return Err(Error::input(
+                        format!("{}: there is no run in this folder", dir.display()),
+                        "name a run file, or the folder of a run (one that holds a config.toml)",
+                    ));
+                }
+                let mut config = RunConfig::read(Some(&file), &self.overrides)?;
+                // The folder may have been moved or renamed since.
+                let full = dir.canonicalize().map_err(|e| Error::io("find", dir, e))?;
+                if let (Some(parent), Some(name)) = (full.parent(), full.file_name()) {
+                    config.run.dir = parent.display().to_string();
+                    config.run.name = name.to_string_lossy().into_owned();
+                }
+                Ok(config)
+            }
+            file => RunConfig::read(file.as_deref(), &self.overrides),
+        }
+    }
+}
+
+/// The configuration, complete, in a run's folder.
+const CONFIG_FILE: &str = "config.toml";
+
+/// A run's folder, held by this process.
+pub(super) struct Session {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Where the run stands.
+    pub state: TrainState,
+    /// The command that goes on with the run.
+    pub resume_command: String,
+    checkpoint: Option<Checkpoint>,
+    /// Held while this lives.
+    _lock: File,
+}
+
+impl Session {
+    /// Begins the run of `config` in its folder, or goes on with it. `kind`: the command, `train` or `sft`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where a new run would overwrite one, where there is none to go on with, or where `config` would make
+    /// another run of it; [`Error::Io`] on the folder.
+    pub fn open(config: &RunConfig, kind: &str, resume: bool) -> Result<Session> {
+        let dir = config.run_dir();
+        let resume_command = format!("varft {kind} {} --resume", dir.display());
+        let config_file = dir.join(CONFIG_FILE);
+        let there = config_file.exists() || dir.join("checkpoints").exists();
+        if there && !resume {
+            return Err(Error::input(
+                format!("{}: there is a run in this folder already", dir.display()),
+                format!("go on with it: {resume_command}; or give the new one another name: --set run.name=NAME"),
+            ));
+        }
+        if !config_file.exists() && resume {
+            return Err(Error::input(
+                format!("{}: there is no run to go on with", dir.display()),
+                "check run.dir and run.name, or begin the run without --resume",
+            ));
+        }
+        std::fs::create_dir_all(&dir).map_err(|e| Error::io("create the run's folder", &dir, e))?;
+        let lock = lock(&dir)?;
+        let mut checkpoint = None;
+        if resume {
+            let earlier = RunConfig::read(Some(&config_file), &[])?;
+            let conflicts = config.conflicts(&earlier)?;
+            if !conflicts.is_empty() {
+                return Err(Error::input(
+                    format!("{}: this would be another run:\n  {}", dir.display(), conflicts.join("\n  ")),
+                    "set these keys back, or begin a new run: another --set run.name=NAME, without --resume",
+                ));
+            }
+            let (found, notes) = Checkpoints::new(&dir, 0).latest()?;
+            notes.iter().for_each(|n| eprintln!("{n}"));
+            checkpoint = found;
+        }
+        if let Some(c) = checkpoint.as_ref().filter(|c| c.state.kind != kind) {
+            return Err(Error::input(
+                format!("{}: a run of `varft {}`, not of `varft {kind}`", dir.display(), c.state.kind),
+                format!("go on with `varft {} {} --resume`, or begin a new run", c.state.kind, dir.display()),
+            ));
+        }
+        let state = match &checkpoint {
+            Some(c) => c.state.clone(),
+            None => TrainState { kind: kind.to_owned(), step: 0, updates: 0, seed: config.run.seed },
+        };
+        if resume {
+            eprintln!("{}: going on after step {} of {}", dir.display(), state.step, config.optim.steps);
+        }
+        Ok(Session { dir, state, resume_command, checkpoint, _lock: lock })
+    }
+
+    /// The folder of the weights to go on from; none for those that the run begins with.
+    pub fn weights(&self) -> Option<&Path> {
+        self.checkpoint.as_ref().map(|c| c.path.as_path())
+    }
+
+    /// Gives `learner` the moments that belong to [`weights`](Self::weights).
+    ///
+    /// # Errors
+    /// When the checkpoint's file cannot be read, or is of another model.
+    pub fn restore(&self, learner: &mut Learner) -> Result<()> {
+        let Some(c) = &self.checkpoint else { return Ok(()) };
+        let (model, stream) = (learner.model().clone(), learner.stream().clone());
+        learner.optimizer().load(&stream, &model.params, &c.path.join(OPTIMIZER_FILE))
+    }
+
+    /// Writes the resolved configuration and opens the run's records. Only from here on the folder is a run's: what went
+    /// wrong before (a model that does not load) leaves a name that can be used again.
+    ///
+    /// # Errors
+    /// [`Error::Io`] on the folder.
+    pub fn keeper(&self, config: &RunConfig, loaded: &Loaded) -> Result<Keeper> {
+        let (text, file) = (config.to_toml()?, self.dir.join(CONFIG_FILE));
+        write_atomically(&file, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io("write", &file, e)))?;
+        let (tokenizer, companions) = (loaded.tokenizer.clone(), loaded.companions.clone());
+        Keeper::open(&self.dir, config, self.state.clone(), tokenizer, companions)
+    }
+
+    /// Ends the session: the report is written whatever happened, and what to do next is said.
+    ///
+    /// # Errors
+    /// What `finished` holds, and that the run was stopped, which is not the same as being done.
+    pub fn end(&self, finished: Result<Finished>) -> Result<()> {
+        let report = crate::report::write(&self.dir);
+        match finished {
+            Ok(Finished::Complete) => {
+                let newest = Checkpoints::new(&self.dir, 0).latest()?.0;
+                if let Some(c) = newest {
+                    println!("model   {}", c.path.display());
+                }
+                println!("report  {}", report?.display());
+                Ok(())
+            }
+            Ok(Finished::Stopped { at }) => Err(Error::Cancelled(format!(
+                "stopped after step {at}, which is saved\n  to go on: {}",
+                self.resume_command
+            ))),
+            Err(e) => {
+                eprintln!("the run is as its last checkpoint has it; to go on: {}", self.resume_command);
+                Err(e)
+            }
+        }
+    }
+}
+
+/// Takes the folder for this process. The system lets go of it when the process ends, however it ends.
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join(".lock");
+    let file = File::create(&path).map_err(|e| Error::io("write", &path, e))?;
+    // SAFETY: the descriptor is open.
+    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+        return Err(Error::input(
+            format!("{}: another process is at work on this run", dir.display()),
+            "wait until it has ended, or end it",
+        ));
+    }
+    Ok(file)
+}
+
+/// A flag that Ctrl-C (or a request to terminate) raises; the second time, the process ends at once.
+///
+/// # Errors
+/// When the system refuses the handler.
+pub(super) fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let raised = stop.clone();
+    ctrlc::set_handler(move || {
+        if raised.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping: what is complete is being saved (again to end at once)");
+    })
+    .map_err(|e| Error::internal(format!("cannot watch for Ctrl-C: {e}")))?;
+    Ok(stop)
+}

@@ -1,0 +1,272 @@
+//! From a run file to what a command works with: model, tokenizer, engine, tool, questions.
+
+use crate::agent::{CodingProtocol, EnginePolicy, EpisodeOptions, RewardRule, Rollouts, See};
+use crate::device::Device;
+use crate::engine::{Engine, EngineOptions, Sampling};
+use crate::input::{ChatTemplate, ImageProcessor, ImageSource, Picture, Preprocessor, Tokenizer};
+use crate::model::{LoadOptions, Model};
+use crate::tasks::synthetic::{self, Subset, Synthetic};
+use crate::tasks::{Example, Examples, MatExamples, SyntheticExamples};
+use crate::tools::python::environment::Search;
+use crate::tools::{Limits, PythonOptions, PythonTool, Tool};
+use crate::train::RunConfig;
+use crate::train::config::TaskKind;
+use crate::train::run::Setup;
+use crate::{Error, Result};
+use image::RgbImage;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+/// Pixels of prepared images that are kept for when they are shown again.
+const IMAGE_CACHE_BYTES: usize = 128 << 20;
+
+/// The files of a model folder that belong to its weights wherever they go.
+const COMPANIONS: [&str; 11] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+];
+
+/// A model folder, loaded.
+pub(super) struct Loaded {
+    pub model: Arc<Model>,
+    pub tokenizer: Arc<Tokenizer>,
+    pub template: Arc<ChatTemplate>,
+    pub preprocessor: Arc<Preprocessor>,
+    pub companions: Vec<PathBuf>,
+}
+
+impl Loaded {
+    /// `config.model.path` with everything that belongs to it, but the weights of `weights`, where those are others (a
+    /// checkpoint's).
+    ///
+    /// # Errors
+    /// Whatever is wrong with one of the folders.
+    pub fn new(config: &RunConfig, weights: Option<&Path>) -> Result<Loaded> {
+        let dir = model_dir(config)?;
+        // The small files first: what is wrong with them should not wait for the weights.
+        let tokenizer = Arc::new(Tokenizer::load(&dir)?);
+        let template = Arc::new(ChatTemplate::load(&dir)?);
+        let preprocessor = preprocessor(config, &dir)?;
+        let device = Device::cpu(config.run.threads);
+        let options = LoadOptions { freeze_vision: config.model.freeze_vision, progress: true };
+        let model = Arc::new(Model::load(weights.unwrap_or(&dir), &device, &options)?);
+        let companions = COMPANIONS.iter().map(|f| dir.join(f)).filter(|p| p.is_file()).collect();
+        Ok(Loaded { model, tokenizer, template, preprocessor, companions })
+    }
+
+    /// An engine for this model, of the size that the run file gives.
+    ///
+    /// # Errors
+    /// As [`Engine::start`].
+    pub fn engine(&self, config: &RunConfig) -> Result<Arc<Engine>> {
+        let r = &config.rollout;
+        let patch = self.preprocessor.processor().patch;
+        let engine = Engine::start(
+            self.model.clone(),
+            EngineOptions {
+                kv_bytes: r.kv_cache_mib << 20,
+                vision_bytes: r.vision_cache_mib << 20,
+                max_context: r.context,
+                max_sequences: r.concurrency,
+                step_tokens: r.batch_tokens,
+                // The largest image that preprocessing makes must fit one step.
+                step_patches: (config.model.max_pixels / (patch * patch)).max(EngineOptions::default().step_patches),
+                forbidden: None,
+                tokenizer: Some(self.tokenizer.clone()),
+            },
+        )?;
+        Ok(Arc::new(engine))
+    }
+
+    /// Episodes as the run file describes them, on `engine` with `tool`, until `stop` is raised.
+    pub fn rollouts(
+        &self,
+        config: &RunConfig,
+        engine: &Arc<Engine>,
+        tool: Arc<dyn Tool>,
+        stop: &Arc<AtomicBool>,
+    ) -> Rollouts {
+        Rollouts {
+            policy: Arc::new(EnginePolicy::new(engine.clone(), self.tokenizer.clone(), self.template.clone())),
+            protocol: CodingProtocol { style: config.rollout.prompt },
+            tool,
+            see: see(self.preprocessor.clone()),
+            options: episode_options(config),
+            concurrency: config.rollout.concurrency,
+            stop: stop.clone(),
+        }
+    }
+
+    /// Everything that `varft train` works with.
+    ///
+    /// # Errors
+    /// Whatever is wrong with data, tool or the engine's sizes.
+    pub fn setup(&self, config: &RunConfig, stop: &Arc<AtomicBool>) -> Result<Setup> {
+        let train = training_examples(config)?;
+        let eval = if config.log.eval_every > 0 { held_out_examples(config)? } else { Vec::new() };
+        let tool = python(config)?;
+        let engine = self.engine(config)?;
+        Ok(Setup {
+            rollouts: self.rollouts(config, &engine, tool, stop),
+            engine,
+            tokenizer: self.tokenizer.clone(),
+            train,
+            eval,
+            stop: stop.clone(),
+            companions: self.companions.clone(),
+        })
+    }
+}
+
+/// The folder that `model.path` names.
+fn model_dir(config: &RunConfig) -> Result<PathBuf> {
+    if config.model.path.is_empty() {
+        return Err(Error::input(
+            "`model.path` is not set",
+            "name a model's folder: --set model.path=DIR, or path = \"DIR\" under [model] in the run file; \
+             `varft init tiny DIR` makes a small one",
+        ));
+    }
+    Ok(PathBuf::from(&config.model.path))
+}
+
+/// Prepares images as the folder `dir` says, at the sizes that the run file allows.
+fn preprocessor(config: &RunConfig, dir: &Path) -> Result<Arc<Preprocessor>> {
+    let processor = ImageProcessor {
+        min_pixels: config.model.min_pixels,
+        max_pixels: config.model.max_pixels,
+        ..ImageProcessor::load(dir)?
+    };
+    Ok(Arc::new(Preprocessor::new(processor, config.run.threads, IMAGE_CACHE_BYTES)?))
+}
+
+/// Pixels to what the model reads, each content once.
+pub(super) fn see(preprocessor: Arc<Preprocessor>) -> Arc<See> {
+    Arc::new(move |image: &Arc<RgbImage>| {
+        let picture =
+            Picture { pixels: image.as_raw().clone(), height: image.height() as usize, width: image.width() as usize };
+        let name = "an image of an episode".to_owned();
+        preprocessor.submit(ImageSource::Picture { picture: Arc::new(picture), name }).wait()
+    })
+}
+
+/// How episodes of training are run.
+pub(super) fn episode_options(config: &RunConfig) -> EpisodeOptions {
+    let (r, p, w) = (&config.rollout, &config.tools.python, &config.reward);
+    EpisodeOptions {
+        max_turns: r.max_turns,
+        sampling: Sampling {
+            temperature: r.temperature as f32,
+            top_k: r.top_k as u32,
+            top_p: r.top_p as f32,
+            min_p: r.min_p as f32,
+            max_tokens: r.max_new_tokens,
+            ..Sampling::default()
+        },
+        max_output_chars: r.output_chars,
+        limits: Limits {
+            cpu: Duration::from_secs_f64(p.cpu_s),
+            memory: p.memory_mib << 20,
+            file: p.file_mib << 20,
+            output: p.output_kib << 10,
+            ..Limits::default()
+        },
+        withhold_images: !p.show_image,
+        reward: RewardRule {
+            accuracy: w.accuracy,
+            scorer: w.scorer,
+            accuracy_weight: w.answer,
+            format_weight: w.format,
+        },
+    }
+}
+
+/// Where the run file looks for Python.
+fn search(config: &RunConfig) -> Search {
+    let p = &config.tools.python;
+    let mut search = Search::default();
+    if !p.interpreter.is_empty() {
+        search.python = Some(PathBuf::from(&p.interpreter));
+    }
+    search.install &= p.install;
+    search
+}
+
+/// The `python` tool of the run file.
+///
+/// # Errors
+/// As [`PythonTool::new`].
+pub(super) fn python(config: &RunConfig) -> Result<Arc<dyn Tool>> {
+    let mut options = PythonOptions { search: search(config), ..PythonOptions::default() };
+    if config.tools.python.concurrency > 0 {
+        options.concurrency = config.tools.python.concurrency;
+    }
+    Ok(Arc::new(PythonTool::new(options)?))
+}
+
+/// The synthetic task of the run file.
+fn synthetic_task(config: &RunConfig) -> Result<Arc<Synthetic>> {
+    let mut task = config.task.synthetic.clone();
+    if config.task.photographs && task.photographs.is_none() {
+        task.photographs = Some(synthetic::photographs(&search(config))?);
+    }
+    Ok(Arc::new(Synthetic::new(task, config.task.seed)?))
+}
+
+fn mat(config: &RunConfig, key: &str, file: &str) -> Result<MatExamples> {
+    let t = &config.task;
+    if file.is_empty() {
+        return Err(Error::input(
+            format!("`task.kind` is mat, but `{key}` is not set"),
+            format!("name a JSON file in MAT-Coding's row format: --set {key}=FILE"),
+        ));
+    }
+    // Where no folder is given, paths start from the file.
+    let images = match t.images.is_empty() {
+        true => Path::new(file).parent().unwrap_or(Path::new("")).to_path_buf(),
+        false => PathBuf::from(&t.images),
+    };
+    MatExamples::open(Path::new(file), &images)
+}
+
+/// The questions to learn from.
+///
+/// # Errors
+/// What is wrong with the files of the task.
+pub(super) fn training_examples(config: &RunConfig) -> Result<Arc<dyn Examples>> {
+    Ok(match config.task.kind {
+        TaskKind::Mat => Arc::new(mat(config, "task.train", &config.task.train)?),
+        TaskKind::Synthetic => Arc::new(SyntheticExamples {
+            task: synthetic_task(config)?,
+            subset: Subset::Train,
+            items: config.task.train_items as u64,
+        }),
+    })
+}
+
+/// The questions to measure on.
+///
+/// # Errors
+/// What is wrong with the files of the task.
+pub(super) fn held_out_examples(config: &RunConfig) -> Result<Vec<Arc<Example>>> {
+    let wanted = config.task.eval_items as u64;
+    let source: Arc<dyn Examples> = match config.task.kind {
+        TaskKind::Mat => Arc::new(mat(config, "task.eval", &config.task.eval)?),
+        TaskKind::Synthetic => {
+            Arc::new(SyntheticExamples { task: synthetic_task(config)?, subset: Subset::HeldOut, items: wanted })
+        }
+    };
+    let n = if wanted == 0 { source.len() } else { wanted.min(source.len()) };
+    (0..n).map(|i| source.get(i)).collect()
+}

@@ -1,0 +1,42 @@
+use super::session::{RunArgs, Session, stop_on_signal};
+use super::setup::Loaded;
+use crate::Result;
+use crate::model::{LoadOptions, Model};
+use crate::train::RunConfig;
+use crate::train::grpo;
+use crate::train::learner::Learner;
+use std::path::Path;
+
+/// Train a model by reinforcement learning (GRPO) on its own episodes
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  varft train run.toml --set optim.steps=100\n  varft train runs/mine --resume\n\n\
+                        run.toml needs little; every other key has a default, and the run's folder gets a config.toml with all of them:\n  \
+                        [run]\n  name = \"mine\"\n  [model]\n  path = \"models/Qwen2.5-VL-3B-Instruct\"\n\n\
+                        Ctrl-C saves a checkpoint and ends; a second one ends at once. A run that was stopped, or killed, goes on with \
+                        --resume to the same weights, bit for bit.")]
+pub(super) struct Args {
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let config = args.run.config()?;
+    let session = Session::open(&config, "train", args.run.resume)?;
+    let stop = stop_on_signal()?;
+    let loaded = Loaded::new(&config, session.weights())?;
+    let setup = loaded.setup(&config, &stop)?;
+    let reference = reference(&config, &loaded)?;
+    let mut learner = Learner::new(loaded.model.clone(), &config.optim, setup.engine.forbidden());
+    session.restore(&mut learner)?;
+    let mut keeper = session.keeper(&config, &loaded)?;
+    session.end(grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper))
+}
+
+/// The model that the run began with, where the loss ties the policy to it.
+fn reference(config: &RunConfig, loaded: &Loaded) -> Result<Option<Model>> {
+    if config.algo.beta == 0.0 {
+        return Ok(None);
+    }
+    let options = LoadOptions { freeze_vision: true, progress: true };
+    Model::load(Path::new(&config.model.path), loaded.model.device(), &options).map(Some)
+}
