@@ -47,7 +47,7 @@ pub enum Subset {
 impl Subset {
     fn holds(self, text: &str) -> bool {
         let first = blake3::hash(text.as_bytes()).as_bytes()[0];
-        (first % 5 == 0) == (self == Subset::HeldOut)
+        first.is_multiple_of(5) == (self == Subset::HeldOut)
     }
 }
 

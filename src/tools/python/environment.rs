@@ -314,6 +314,41 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_is_made_once_however_many_want_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("made-1.0");
+        let made = std::sync::atomic::AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let fill = |part: &Path, _: &ProgressBar| {
+                        made.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        std::thread::sleep(Duration::from_millis(30));
+                        std::fs::write(part.join("file"), "whole").map_err(|e| Error::io("write", part, e))
+                    };
+                    make(&folder, "making it", fill).unwrap();
+                    assert_eq!(std::fs::read_to_string(folder.join("file")).unwrap(), "whole");
+                });
+            }
+        });
+        assert_eq!(made.into_inner(), 1);
+    }
+
+    #[test]
+    fn what_a_killed_or_failed_attempt_left_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("made-1.0");
+        let part = dir.path().join("made-1.0.part");
+        std::fs::create_dir(&part).unwrap();
+        std::fs::write(part.join("half"), "").unwrap();
+        assert!(make(&folder, "making it", |_, _| Err(Error::internal("fails"))).is_err());
+        assert!(!folder.exists());
+        make(&folder, "making it", |_, _| Ok(())).unwrap();
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0, "nothing half-made is in it");
+        assert!(!part.exists());
+    }
+
+    #[test]
     fn a_failing_step_shows_what_the_command_said() {
         let bar = ProgressBar::hidden();
         let e = step(&bar, Command::new("sh").args(["-c", "echo one; echo two >&2; exit 3"]), "the mend").unwrap_err();
