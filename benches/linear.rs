@@ -4,8 +4,10 @@
 //! the percentages hold on a machine that is doing other things too. Then criterion's statistics of the same products.
 //! The shapes are those of preset `mid`: attention output, qkv, gate and up, down, head.
 
+mod limits;
+
 use criterion::{BenchmarkId, Criterion, Throughput};
-use std::hint::black_box;
+use limits::seconds;
 use std::time::{Duration, Instant};
 use varft::device::{Buffer, Device, Pool, Stream};
 use varft::ops::linear::{Epilogue, Weight, backward_input, backward_weight, forward, packed_len};
@@ -79,94 +81,6 @@ fn cases(device: &Device) -> Vec<Case> {
     all
 }
 
-/// Steps of the probe of the multiply-add rate, and its operations per step.
-const STEPS: usize = 20_000;
-const STEP_FLOPS: usize = 2 * 16 * 8;
-
-/// Independent multiply-adds in registers.
-fn multiply_adds() {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::*;
-        #[target_feature(enable = "avx512f")]
-        fn avx512() {
-            let x = _mm512_set1_ps(black_box(0.999));
-            let mut acc = [x; 8];
-            for _ in 0..STEPS {
-                for a in &mut acc {
-                    *a = _mm512_fmadd_ps(*a, x, x);
-                }
-            }
-            black_box(acc);
-        }
-        #[target_feature(enable = "avx2,fma")]
-        fn avx2() {
-            let x = _mm256_set1_ps(black_box(0.999));
-            let mut acc = [x; 8];
-            for _ in 0..2 * STEPS {
-                for a in &mut acc {
-                    *a = _mm256_fmadd_ps(*a, x, x);
-                }
-            }
-            black_box(acc);
-        }
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: just detected.
-            return unsafe { avx512() };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: just detected.
-            return unsafe { avx2() };
-        }
-    }
-    let x = black_box(0.999f32);
-    let mut acc = [[x; 16]; 8];
-    for _ in 0..STEPS {
-        acc.iter_mut().flatten().for_each(|a| *a = a.mul_add(x, x));
-    }
-    black_box(acc);
-}
-
-/// Reads `data` once, as `streams` parts side by side.
-fn read(data: &[f32], streams: usize) {
-    #[inline(always)]
-    fn sum(data: &[f32], streams: usize) -> [f32; 16] {
-        let part = data.len() / streams / 64 * 64;
-        let mut acc = [[0f32; 16]; 4];
-        for at in (0..part).step_by(64) {
-            for s in 0..streams {
-                let line = &data[s * part + at..][..64];
-                for (a, line) in acc.iter_mut().zip(line.chunks_exact(16)) {
-                    a.iter_mut().zip(line).for_each(|(a, v)| *a += v);
-                }
-            }
-        }
-        std::array::from_fn(|l| acc[0][l] + acc[1][l] + acc[2][l] + acc[3][l])
-    }
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2")]
-        fn avx2(data: &[f32], streams: usize) -> [f32; 16] {
-            sum(data, streams)
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: just detected.
-            black_box(unsafe { avx2(data, streams) });
-            return;
-        }
-    }
-    black_box(sum(data, streams));
-}
-
-/// Floats that a thread reads at a time: a panel of 4096 inputs four times.
-const CHUNK: usize = 4 * 16 * 4096;
-
-fn seconds(f: impl FnOnce()) -> f64 {
-    let start = Instant::now();
-    f();
-    start.elapsed().as_secs_f64()
-}
-
 /// Runs each product and the limits by turns, and prints the best of each.
 fn table(cases: &[Case], pool: &Pool) {
     println!("{:40} {:>10} {:>8} {:>9} {:>7} {:>9}", "product", "us", "GFLOP/s", "of peak", "GB/s", "of reads");
@@ -177,18 +91,15 @@ fn table(cases: &[Case], pool: &Pool) {
         let [mut time, mut peak, mut reads] = [f64::INFINITY; 3];
         let start = Instant::now();
         while start.elapsed() < Duration::from_millis(700) {
-            peak = peak.min(seconds(|| pool.run(pool.threads(), |_| multiply_adds())));
+            peak = peak.min(seconds(|| limits::arithmetic(pool)));
             if bandwidth {
-                let chunk = CHUNK.min(weight.len() / (4 * pool.threads()));
                 for streams in [1, 4] {
-                    let all =
-                        seconds(|| pool.run(weight.len() / chunk, |i| read(&weight[i * chunk..][..chunk], streams)));
-                    reads = reads.min(all);
+                    reads = reads.min(seconds(|| limits::reads(pool, weight, streams)));
                 }
             }
             time = time.min(seconds(|| case.run()));
         }
-        let peak = (pool.threads() * STEPS * STEP_FLOPS) as f64 / peak;
+        let peak = limits::arithmetic_flops(pool) as f64 / peak;
         print!(
             "{:40} {:10.1} {:8.1} {:8.1}%",
             case.name(),
@@ -204,18 +115,18 @@ fn table(cases: &[Case], pool: &Pool) {
 }
 
 fn statistics(c: &mut Criterion, cases: &[Case], pool: &Pool) {
-    let mut limits = c.benchmark_group("limits");
-    limits.throughput(Throughput::Elements((pool.threads() * STEPS * STEP_FLOPS) as u64));
-    limits.bench_function("multiply-adds", |b| b.iter(|| pool.run(pool.threads(), |_| multiply_adds())));
+    let mut group = c.benchmark_group("limits");
+    group.throughput(Throughput::Elements(limits::arithmetic_flops(pool) as u64));
+    group.bench_function("multiply-adds", |b| b.iter(|| limits::arithmetic(pool)));
     // SAFETY: nothing writes this weight meanwhile.
     let weight = unsafe { cases[0].weight.data.get::<f32>() };
-    limits.throughput(Throughput::Bytes(4 * weight.len() as u64));
+    group.throughput(Throughput::Bytes(4 * weight.len() as u64));
     for streams in [1, 4] {
-        limits.bench_function(BenchmarkId::new("reads", streams), |b| {
-            b.iter(|| pool.run(weight.len() / CHUNK, |i| read(&weight[i * CHUNK..][..CHUNK], streams)));
+        group.bench_function(BenchmarkId::new("reads", streams), |b| {
+            b.iter(|| limits::reads(pool, weight, streams));
         });
     }
-    limits.finish();
+    group.finish();
     let mut products = c.benchmark_group("linear");
     for case in cases {
         products.throughput(match case.m {

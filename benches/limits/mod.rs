@@ -1,0 +1,110 @@
+//! What the machine can do: multiply-adds per second, and bytes read per second.
+
+use std::hint::black_box;
+use std::time::Instant;
+use varft::device::Pool;
+
+/// Steps of the probe of the multiply-add rate, and its operations per step.
+const STEPS: usize = 20_000;
+const STEP_FLOPS: usize = 2 * 16 * 8;
+
+/// Independent multiply-adds in registers.
+fn multiply_adds() {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::*;
+        #[target_feature(enable = "avx512f")]
+        fn avx512() {
+            let x = _mm512_set1_ps(black_box(0.999));
+            let mut acc = [x; 8];
+            for _ in 0..STEPS {
+                for a in &mut acc {
+                    *a = _mm512_fmadd_ps(*a, x, x);
+                }
+            }
+            black_box(acc);
+        }
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2() {
+            let x = _mm256_set1_ps(black_box(0.999));
+            let mut acc = [x; 8];
+            for _ in 0..2 * STEPS {
+                for a in &mut acc {
+                    *a = _mm256_fmadd_ps(*a, x, x);
+                }
+            }
+            black_box(acc);
+        }
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: just detected.
+            return unsafe { avx512() };
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: just detected.
+            return unsafe { avx2() };
+        }
+    }
+    let x = black_box(0.999f32);
+    let mut acc = [[x; 16]; 8];
+    for _ in 0..STEPS {
+        acc.iter_mut().flatten().for_each(|a| *a = a.mul_add(x, x));
+    }
+    black_box(acc);
+}
+
+/// Reads `data` once, as `streams` parts side by side.
+fn read(data: &[f32], streams: usize) {
+    #[inline(always)]
+    fn sum(data: &[f32], streams: usize) -> [f32; 16] {
+        let part = data.len() / streams / 64 * 64;
+        let mut acc = [[0f32; 16]; 4];
+        for at in (0..part).step_by(64) {
+            for s in 0..streams {
+                let line = &data[s * part + at..][..64];
+                for (a, line) in acc.iter_mut().zip(line.chunks_exact(16)) {
+                    a.iter_mut().zip(line).for_each(|(a, v)| *a += v);
+                }
+            }
+        }
+        std::array::from_fn(|l| acc[0][l] + acc[1][l] + acc[2][l] + acc[3][l])
+    }
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn avx2(data: &[f32], streams: usize) -> [f32; 16] {
+            sum(data, streams)
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: just detected.
+            black_box(unsafe { avx2(data, streams) });
+            return;
+        }
+    }
+    black_box(sum(data, streams));
+}
+
+/// Floats that a thread reads at a time: a panel of 4096 inputs four times.
+const CHUNK: usize = 4 * 16 * 4096;
+
+/// How long `f` takes.
+pub fn seconds(f: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    f();
+    start.elapsed().as_secs_f64()
+}
+
+/// Operations of one run of [`arithmetic`].
+pub fn arithmetic_flops(pool: &Pool) -> usize {
+    pool.threads() * STEPS * STEP_FLOPS
+}
+
+/// Independent multiply-adds in the registers of all threads.
+pub fn arithmetic(pool: &Pool) {
+    pool.run(pool.threads(), |_| multiply_adds());
+}
+
+/// Reads `data` once on all threads, each part of it as `streams` parts side by side.
+pub fn reads(pool: &Pool, data: &[f32], streams: usize) {
+    let chunk = CHUNK.min(data.len() / (4 * pool.threads()));
+    pool.run(data.len() / chunk, |i| read(&data[i * chunk..][..chunk], streams));
+}
