@@ -46,6 +46,11 @@ struct Run {
     batch: TrainBatch,
 }
 
+/// The gradient of element `j` of the hidden state that predicts token `i`.
+fn slope(completion: usize, i: usize, j: usize) -> f32 {
+    ((completion * 31 + i * 7 + j * 3) % 13) as f32 / 13.0 - 0.4
+}
+
 /// Forward and backward with a gradient at the completions' rows that depends on group, completion and token only.
 fn run(m: &Model, groups: &[Group], plan: Option<MemoryPlan>, of: impl Fn(usize, usize) -> usize) -> Run {
     let (d, h) = (m.device(), m.config.hidden_size);
@@ -65,7 +70,7 @@ fn run(m: &Model, groups: &[Group], plan: Option<MemoryPlan>, of: impl Fn(usize,
                 for i in 0..completion.tokens.len() {
                     let row = &mut dhidden[batch.completion_row(g, c, i) * h..][..h];
                     for (j, x) in row.iter_mut().enumerate() {
-                        *x += ((of(g, c) * 31 + i * 7 + j * 3) % 13) as f32 / 13.0 - 0.4;
+                        *x += slope(of(g, c), i, j);
                     }
                 }
             }
@@ -182,4 +187,32 @@ fn a_plan_keeps_what_fits() {
     assert!(some.text > 0 && some.bytes(&c, 2048, 1600) <= (least + all) / 2, "{some:?}");
     let e = MemoryPlan::fit(&c, 2048, 1600, least - 1).unwrap_err().to_string();
     assert!(e.contains("2048 tokens") && e.contains("MB"), "{e}");
+}
+
+#[test]
+fn gradients_of_a_tied_model_are_the_slope_along_them() {
+    let d = Device::cpu(2);
+    let config = Config { tie_word_embeddings: true, ..Preset::Tiny.config() };
+    let m = Model::random(config, 11, &d, &LoadOptions::default()).unwrap();
+    let s = d.stream();
+    let groups = [group(&m.config)];
+    let g = run(&m, &groups, Some(MemoryPlan::keep_all(&m.config)), |_, c| c).grads;
+    let square: f64 = g.iter().map(|x| (*x as f64).powi(2)).sum();
+    let flat = s.read::<f32>(&m.params.flat).wait().unwrap();
+    // The loss whose gradient `run` hands to the backward pass: the hidden states times that gradient.
+    let loss = |step: f64| -> f64 {
+        let moved: Vec<f32> = flat.iter().zip(&g).map(|(w, g)| (*w as f64 + step * *g as f64) as f32).collect();
+        s.write(&m.params.flat, &moved);
+        let r = run(&m, &groups, None, |_, c| c);
+        let mut sum = 0.0;
+        for (c, completion) in groups[0].completions.iter().enumerate() {
+            for (i, row) in rows_of(&r, 64, 0, c, completion.tokens.len()).chunks(64).enumerate() {
+                sum += row.iter().enumerate().map(|(j, x)| (*x * slope(c, i, j)) as f64).sum::<f64>();
+            }
+        }
+        sum
+    };
+    let step = 2e-3 / square.sqrt();
+    let slope = (loss(step) - loss(-step)) / (2.0 * step);
+    assert!((slope - square).abs() < 5e-3 * square, "{slope} and {square}");
 }

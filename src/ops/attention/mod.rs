@@ -96,7 +96,7 @@ fn pages(kv: &KvLayer, h: &Heads) -> usize {
 ///
 /// `q`: rows of `q_stride` floats that start with `[hq, hd]` queries; `kv`: the layer's pages, this call's tokens
 /// already written; `out`: `[t, hq * hd]` for the `t` rows of the segments; `lse`: the natural log-sum-exp of the scaled
-/// scores, `[t, hq]`, which [`paged_backward`] needs. `hd` is a multiple of 8; `hq` of `hkv`.
+/// scores, `[t, hq]`, which [`paged_backward`] needs. `hq` is a multiple of `hkv`.
 pub fn paged_forward(
     s: &Stream,
     q: &Buffer,

@@ -197,13 +197,15 @@ fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
 
-const SHAPES: [Shape; 7] = [
+const SHAPES: [Shape; 9] = [
     Shape { hq: 4, hkv: 2, hd: 16 },
     Shape { hq: 8, hkv: 2, hd: 64 },
     Shape { hq: 2, hkv: 2, hd: 80 },
     Shape { hq: 7, hkv: 1, hd: 24 },
     Shape { hq: 2, hkv: 1, hd: 128 },
     Shape { hq: 3, hkv: 3, hd: 8 },
+    Shape { hq: 4, hkv: 2, hd: 12 },
+    Shape { hq: 2, hkv: 1, hd: 2 },
     Shape { hq: 100, hkv: 1, hd: 8 },
 ];
 
@@ -348,7 +350,8 @@ fn paged_backward_is_its_derivative() {
 
 #[test]
 fn varlen_forward_and_backward_are_attention_within_windows() {
-    for (h, hd, causal) in [(4, 80, false), (2, 16, true), (3, 24, false), (1, 8, true), (2, 64, true)] {
+    for (h, hd, causal) in [(4, 80, false), (2, 16, true), (3, 24, false), (3, 20, false), (1, 8, true), (2, 64, true)]
+    {
         let windows = [64, 4, 0, 1, 260, 37];
         let cu: Vec<u32> = std::iter::once(0)
             .chain(windows.iter().scan(0, |a, &n| {
