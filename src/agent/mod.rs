@@ -10,10 +10,12 @@
 //! | `reward` | outcome and format |
 //! | `rollouts` | many episodes at once |
 //! | `script` | a policy that says what a teacher wrote, for warm starts |
+//! | `recorded` | conversations from a file, to learn from |
 
 mod coding;
 mod episode;
 mod policy;
+mod recorded;
 mod reward;
 mod rollouts;
 mod script;
@@ -23,8 +25,9 @@ mod turn;
 pub use coding::{CodingProtocol, PromptStyle};
 pub use episode::EpisodeOptions;
 pub use policy::{Conversation, EnginePolicy, Policy, Said};
+pub use recorded::Conversations;
 pub use reward::{Accuracy, Reward, RewardRule};
 pub use rollouts::{Episodes, Job, Rollouts, See, Void};
-pub use script::ScriptedPolicy;
+pub use script::{ScriptedPolicy, demonstration};
 pub use trajectory::{Author, Ending, Step, ToolUse, Trajectory};
 pub use turn::{Action, Turn, parse_turn};

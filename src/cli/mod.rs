@@ -3,12 +3,17 @@
 //! A command prints what it made on standard output, progress on standard error, and an error as one message that says
 //! what to do. Exit status: 0, or 1 after an error, or 2 for a command line that cannot be read.
 
+mod chat;
 mod doctor;
+mod eval;
 mod init;
 mod inspect;
+mod records;
 mod report;
+mod rollout;
 mod session;
 mod setup;
+mod sft;
 mod train;
 
 use clap::{Parser, Subcommand};
@@ -30,7 +35,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Init(init::Args),
+    Sft(sft::Args),
     Train(train::Args),
+    Rollout(rollout::Args),
+    Eval(eval::Args),
+    Chat(chat::Args),
     Inspect(inspect::Args),
     Report(report::Args),
     Doctor(doctor::Args),
@@ -40,7 +49,11 @@ enum Command {
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Init(args) => init::run(&args),
+        Command::Sft(args) => sft::run(&args),
         Command::Train(args) => train::run(&args),
+        Command::Rollout(args) => rollout::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Chat(args) => chat::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Doctor(args) => doctor::run(&args),

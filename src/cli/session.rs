@@ -35,14 +35,7 @@ impl RunArgs {
     pub fn config(&self) -> Result<RunConfig> {
         match &self.file {
             Some(dir) if dir.is_dir() => {
-                let file = dir.join(CONFIG_FILE);
-                if !file.is_file() {
-                    return Err(Error::input(
-                        format!("{}: there is no run in this folder", dir.display()),
-                        "name a run file, or the folder of a run (one that holds a config.toml)",
-                    ));
-                }
-                let mut config = RunConfig::read(Some(&file), &self.overrides)?;
+                let mut config = RunConfig::read(Some(&config_file(dir)?), &self.overrides)?;
                 // The folder may have been moved or renamed since.
                 let full = dir.canonicalize().map_err(|e| Error::io("find", dir, e))?;
                 if let (Some(parent), Some(name)) = (full.parent(), full.file_name()) {
@@ -57,7 +50,22 @@ impl RunArgs {
 }
 
 /// The configuration, complete, in a run's folder.
-const CONFIG_FILE: &str = "config.toml";
+pub(super) const CONFIG_FILE: &str = "config.toml";
+
+/// The configuration of the run in `dir`.
+///
+/// # Errors
+/// [`Error::Input`] where there is none.
+pub(super) fn config_file(dir: &Path) -> Result<PathBuf> {
+    let file = dir.join(CONFIG_FILE);
+    if file.is_file() {
+        return Ok(file);
+    }
+    Err(Error::input(
+        format!("{}: there is no run in this folder", dir.display()),
+        "name a run file, or the folder of a run (one that holds a config.toml)",
+    ))
+}
 
 /// A run's folder, held by this process.
 pub(super) struct Session {

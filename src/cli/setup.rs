@@ -3,7 +3,7 @@
 use crate::agent::{CodingProtocol, EnginePolicy, EpisodeOptions, RewardRule, Rollouts, See};
 use crate::device::Device;
 use crate::engine::{Engine, EngineOptions, Sampling};
-use crate::input::{ChatTemplate, ImageProcessor, ImageSource, Picture, Preprocessor, Tokenizer};
+use crate::input::{ChatTemplate, Image, ImageProcessor, ImageSource, Picture, Preprocessor, Tokenizer};
 use crate::model::{LoadOptions, Model};
 use crate::tasks::synthetic::{self, Subset, Synthetic};
 use crate::tasks::{Example, Examples, MatExamples, SyntheticExamples};
@@ -142,7 +142,7 @@ fn model_dir(config: &RunConfig) -> Result<PathBuf> {
 }
 
 /// Prepares images as the folder `dir` says, at the sizes that the run file allows.
-fn preprocessor(config: &RunConfig, dir: &Path) -> Result<Arc<Preprocessor>> {
+pub(super) fn preprocessor(config: &RunConfig, dir: &Path) -> Result<Arc<Preprocessor>> {
     let processor = ImageProcessor {
         min_pixels: config.model.min_pixels,
         max_pixels: config.model.max_pixels,
@@ -159,6 +159,11 @@ pub(super) fn see(preprocessor: Arc<Preprocessor>) -> Arc<See> {
         let name = "an image of an episode".to_owned();
         preprocessor.submit(ImageSource::Picture { picture: Arc::new(picture), name }).wait()
     })
+}
+
+/// An image file as the model reads it.
+pub(super) fn see_file(preprocessor: &Preprocessor, path: impl Into<PathBuf>) -> Result<Arc<Image>> {
+    preprocessor.submit(ImageSource::Path(path.into())).wait()
 }
 
 /// How episodes of training are run.

@@ -157,7 +157,8 @@ impl Trainer<'_> {
             ("speed/train_tokens_s", tokens.n / train_s),
             ("memory/peak_mib", peak_memory_mib()),
         ]);
-        let views = views(&episodes, &jobs, step, Phase::Train, self.config.log.trajectories, keeper, |t| {
+        let most = self.config.log.trajectories;
+        let views = views(&episodes, &jobs, step, Phase::Train, most, &keeper.store, &keeper.tokenizer, |t| {
             selected.groups.iter().flatten().find(|(s, _)| std::ptr::eq(*s, t)).map(|(_, a)| f64::from(*a))
         })?;
         keeper.log(step, &metrics, Phase::Train, &views)

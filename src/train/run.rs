@@ -92,7 +92,8 @@ impl Setup {
         let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
         let mut metrics = episode_metrics(&done, Phase::Eval);
         metrics.push(("eval/void", scores.void as f64));
-        let views = views(&episodes, &jobs, step, Phase::Eval, config.log.trajectories, keeper, |_| None)?;
+        let most = config.log.trajectories;
+        let views = views(&episodes, &jobs, step, Phase::Eval, most, &keeper.store, &keeper.tokenizer, |_| None)?;
         keeper.log(step, &metrics, Phase::Eval, &views)?;
         keeper.evaluated = Some(step);
         Ok(())
@@ -108,7 +109,7 @@ pub fn eval_options(options: &EpisodeOptions, config: &RunConfig) -> EpisodeOpti
 /// What a run writes down, and the step it has reached.
 pub struct Keeper {
     metrics: MetricsLog,
-    store: TrajectoryStore,
+    pub(super) store: TrajectoryStore,
     checkpoints: Checkpoints,
     state: TrainState,
     /// Steps between checkpoints; 0: only when asked.
@@ -117,7 +118,7 @@ pub struct Keeper {
     /// The last step after which the held-out questions were asked.
     evaluated: Option<u64>,
     progress: Progress,
-    tokenizer: Arc<Tokenizer>,
+    pub(super) tokenizer: Arc<Tokenizer>,
     companions: Vec<PathBuf>,
 }
 
@@ -236,7 +237,7 @@ const SHOWN: [(&str, &str, usize); 11] = [
 ];
 
 /// Means over episodes, by the names under which metrics are logged.
-pub(super) fn episode_metrics(episodes: &[&Trajectory], phase: Phase) -> Vec<(&'static str, f64)> {
+pub fn episode_metrics(episodes: &[&Trajectory], phase: Phase) -> Vec<(&'static str, f64)> {
     let n = episodes.len().max(1) as f64;
     let mean = |f: &dyn Fn(&Trajectory) -> f64| episodes.iter().map(|t| f(t)).sum::<f64>() / n;
     let calls = |t: &Trajectory| t.steps.iter().filter(|s| s.tool.is_some()).count() as f64;
@@ -270,13 +271,17 @@ pub(super) fn episode_metrics(episodes: &[&Trajectory], phase: Phase) -> Vec<(&'
 }
 
 /// The first `most` episodes as a run's page shows them; their images are written to the store.
-pub(super) fn views(
+///
+/// # Errors
+/// [`Error::Io`](crate::Error::Io) when an image cannot be written.
+pub fn views(
     episodes: &Episodes,
     jobs: &[Job],
     step: u64,
     phase: Phase,
     most: usize,
-    keeper: &Keeper,
+    store: &TrajectoryStore,
+    tokenizer: &Tokenizer,
     advantage: impl Fn(&Trajectory) -> Option<f64>,
 ) -> Result<Vec<EpisodeView>> {
     let mut out = Vec::new();
@@ -287,7 +292,7 @@ pub(super) fn views(
             }
             // A void episode has nothing to show but its failure, which the metrics count.
             if let Ok(t) = episode {
-                out.push(view(t, job, step, phase, keeper, advantage(t))?);
+                out.push(view(t, job, step, phase, store, tokenizer, advantage(t))?);
             }
         }
     }
@@ -299,16 +304,17 @@ fn view(
     job: &Job,
     step: u64,
     phase: Phase,
-    keeper: &Keeper,
+    store: &TrajectoryStore,
+    tokenizer: &Tokenizer,
     advantage: Option<f64>,
 ) -> Result<EpisodeView> {
-    let image = |i: &image::RgbImage| keeper.store.image(i.width(), i.height(), i.as_raw()).map(Some);
+    let image = |i: &image::RgbImage| store.image(i.width(), i.height(), i.as_raw()).map(Some);
     let mut steps = Vec::with_capacity(t.steps.len());
     for s in &t.steps {
         let tokens = s
             .tokens
             .clone()
-            .map(|i| TokenView { text: keeper.tokenizer.decode(&t.sequence.tokens[i..=i]), logp: t.logprobs[i] });
+            .map(|i| TokenView { text: tokenizer.decode(&t.sequence.tokens[i..=i]), logp: t.logprobs[i] });
         steps.push(StepView {
             who: "assistant".into(),
             text: s.text.clone(),

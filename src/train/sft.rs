@@ -6,9 +6,9 @@ use super::grpo::Finished;
 use super::learner::{Goal, Learner};
 use super::run::Keeper;
 use super::schedule::Schedule;
-use crate::Result;
 use crate::agent::Trajectory;
 use crate::report::view::Phase;
+use crate::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -33,7 +33,7 @@ pub fn sft(
         }
         let (step, started) = (keeper.step(), Instant::now());
         let first = step * config.sft.batch_size as u64;
-        let episodes = (first..first + config.sft.batch_size as u64).map(&episode).collect::<Result<Vec<_>>>()?;
+        let episodes = prepare(first..first + config.sft.batch_size as u64, &episode)?;
         let micros = supervised(&episodes, config.optim.micro_batch_tokens);
         let lr = schedule.lr(step);
         let (stats, update) = learner.update(&micros, Goal::Nll, None, lr)?;
@@ -50,6 +50,26 @@ pub fn sft(
     }
     keeper.save(learner)?;
     Ok(Finished::Complete)
+}
+
+/// The episodes with these numbers, in order, made on several threads: each waits for its images, or for its tool.
+fn prepare(
+    numbers: std::ops::Range<u64>,
+    episode: &(impl Fn(u64) -> Result<Trajectory> + Sync),
+) -> Result<Vec<Trajectory>> {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let numbers: Vec<u64> = numbers.collect();
+    std::thread::scope(|scope| {
+        let parts = numbers.chunks(numbers.len().div_ceil(threads).max(1));
+        let parts: Vec<_> = parts
+            .map(|part| scope.spawn(move || part.iter().map(|&i| episode(i)).collect::<Result<Vec<_>>>()))
+            .collect();
+        let mut all = Vec::with_capacity(numbers.len());
+        for part in parts {
+            all.extend(part.join().map_err(|_| Error::internal("the preparation of an episode panicked"))??);
+        }
+        Ok(all)
+    })
 }
 
 /// Micro-batches in which every token that the policy wrote weighs the same, and all together weigh 1.

@@ -1,0 +1,227 @@
+use super::reward::Reward;
+use super::trajectory::{Author, Ending, Trajectory};
+use crate::input::{
+    ChatTemplate, Content, ImageSource, Message, Part, Preprocessor, Tokenizer, build_prompt, continue_prompt,
+};
+use crate::{Error, Result};
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+
+/// Conversations that others wrote down, to learn from: one JSON value per line, either a list of messages as Hugging
+/// Face writes them, or `{"messages": [...], "images": [path, ...]}`, whose images fill the image parts that name none,
+/// in order. Paths are relative to the file. What the assistant says is learned, all else is context.
+pub struct Conversations {
+    path: PathBuf,
+    items: Vec<Item>,
+}
+
+struct Item {
+    /// Line in the file, from 1.
+    line: usize,
+    messages: Vec<Message>,
+    images: Vec<PathBuf>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Record {
+    messages: Vec<Message>,
+    #[serde(default)]
+    images: Vec<String>,
+}
+
+impl Conversations {
+    /// Reads a file. Images are read when a conversation is asked for.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be read; [`Error::Input`] naming the line that is no conversation, has nothing to learn,
+    /// or whose images and image parts differ in number; also when there is none.
+    pub fn open(path: &Path) -> Result<Conversations> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::io("read the conversations", path, e))?;
+        let mut items = Vec::new();
+        for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
+            items.push(item(line, i + 1, path.parent().unwrap_or(Path::new("")), path)?);
+        }
+        if items.is_empty() {
+            return Err(Error::input(
+                format!("{}: no conversation in this file", path.display()),
+                "write one per line: [{\"role\": \"user\", \"content\": \"...\"}, {\"role\": \"assistant\", ...}]",
+            ));
+        }
+        Ok(Conversations { path: path.to_path_buf(), items })
+    }
+
+    /// How many there are; at least 1.
+    pub fn count(&self) -> usize {
+        self.items.len()
+    }
+
+    /// The `i`-th, from 0, as a trajectory: every turn of the assistant, with the token that ends it, is the policy's.
+    ///
+    /// # Errors
+    /// When an image cannot be read, the template refuses the conversation, or it is longer than `max_tokens`; all name the
+    /// line.
+    pub fn trajectory(
+        &self,
+        i: usize,
+        tokenizer: &Tokenizer,
+        template: &ChatTemplate,
+        preprocessor: &Preprocessor,
+        max_tokens: usize,
+    ) -> Result<Trajectory> {
+        let item = &self.items[i];
+        let place = format!("{}, line {}", self.path.display(), item.line);
+        let all = preprocessor.load_all(item.images.iter().cloned().map(ImageSource::Path))?;
+        let mut images = all.as_slice();
+        let mut take = |messages: &[Message]| {
+            let n: usize = messages.iter().map(|m| m.image_sources().count()).sum();
+            let (now, later) = images.split_at(n);
+            images = later;
+            now
+        };
+        let is_assistant = |m: &Message| m.role == "assistant";
+        let first = item.messages.iter().position(is_assistant).unwrap_or(item.messages.len());
+        let (opening, mut rest) = item.messages.split_at(first);
+        let opening = build_prompt(tokenizer, template, opening, take(opening))?;
+        let mut t = Trajectory {
+            item: item.line.to_string(),
+            kind: String::new(),
+            question: String::new(),
+            answers: Vec::new(),
+            group: i as u64,
+            sample: 0,
+            sequence: Default::default(),
+            prompt_len: opening.len(),
+            authors: Vec::new(),
+            logprobs: Vec::new(),
+            temperature: 1.0,
+            steps: Vec::new(),
+            ending: Ending::OutOfTurns,
+            reward: Reward::default(),
+        };
+        t.push_prompt(&opening, Author::Prompt);
+        while let Some((said, after)) = rest.split_first() {
+            let mut tokens = tokenizer.encode_plain(&plain_text(said))?;
+            tokens.push(tokenizer.special().im_end);
+            let logprobs = vec![0.0; tokens.len()];
+            t.push_sampled(&tokens, &logprobs);
+            let others = after.iter().position(is_assistant).unwrap_or(after.len());
+            let (heard, later) = after.split_at(others);
+            rest = later;
+            // What follows the last turn of the assistant teaches nothing.
+            if !rest.is_empty() {
+                t.push_prompt(&continue_prompt(tokenizer, template, heard, take(heard), true)?, Author::Tool);
+            }
+        }
+        if t.sequence.len() > max_tokens {
+            return Err(Error::limit(
+                format!("{place}: {} tokens, and the model's context is {max_tokens}", t.sequence.len()),
+                "shorten or leave out this conversation, or lower model.max_pixels",
+            ));
+        }
+        Ok(t)
+    }
+}
+
+fn item(line: &str, number: usize, beside: &Path, path: &Path) -> Result<Item> {
+    let bad = |what: String, mend: &str| Error::input(format!("{}, line {number}: {what}", path.display()), mend);
+    let form = "write a list of messages, or {\"messages\": [...], \"images\": [\"a.png\"]}, on one line";
+    let parsed = match line.trim_start().starts_with('[') {
+        true => serde_json::from_str(line).map(|messages| Record { messages, images: Vec::new() }),
+        false => serde_json::from_str::<Record>(line),
+    };
+    let Record { messages, images } = parsed.map_err(|e| bad(format!("no conversation: {e}"), form))?;
+    let mut apart = images.iter();
+    let mut sources = Vec::new();
+    for (n, message) in messages.iter().enumerate() {
+        let mut here = message.image_sources().peekable();
+        if message.role == "assistant" && here.peek().is_some() {
+            return Err(bad(
+                format!("message {n} (from 0) is the assistant's and holds an image"),
+                "move the image to a user's message: the model writes text",
+            ));
+        }
+        for source in here {
+            let source = source.or_else(|| apart.next().map(String::as_str)).ok_or_else(|| {
+                bad(
+                    format!("message {n} (from 0) has an image part without a path, and none is left in \"images\""),
+                    "give the path in the part as \"image\", or in the list \"images\"",
+                )
+            })?;
+            sources.push(beside.join(source.strip_prefix("file://").unwrap_or(source)));
+        }
+    }
+    if apart.next().is_some() {
+        return Err(bad(
+            format!("{} paths in \"images\", more than image parts without a path", images.len()),
+            "add a part {\"type\": \"image\"} where each image belongs",
+        ));
+    }
+    match messages.iter().position(|m| m.role == "assistant") {
+        Some(0) => Err(bad("the first message is the assistant's".into(), "begin with a system or user message")),
+        None => Err(bad("no message of the assistant, so nothing to learn".into(), "add one, or remove the line")),
+        _ => Ok(Item { line: number, messages, images: sources }),
+    }
+}
+
+fn plain_text(message: &Message) -> String {
+    match &message.content {
+        Content::Text(text) => text.clone(),
+        Content::Parts(parts) => parts
+            .iter()
+            .map(|p| match p {
+                Part::Text { text } => text.as_str(),
+                Part::Image { .. } | Part::ImageUrl { .. } => "",
+            })
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(text: &str) -> Result<Conversations> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("talk.jsonl");
+        std::fs::write(&path, text).unwrap();
+        Conversations::open(&path)
+    }
+
+    #[test]
+    fn both_forms_are_read_and_images_find_their_places() {
+        let talk = r#"[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]
+
+{"messages":[{"role":"user","content":[{"type":"image"},{"type":"image","image":"x.png"},{"type":"image"}]},{"role":"assistant","content":"c"}],"images":["1.png","2.png"]}"#;
+        let c = open(talk).unwrap();
+        assert_eq!((c.count(), c.items[1].line), (2, 3));
+        let names: Vec<_> = c.items[1].images.iter().map(|p| p.file_name().unwrap().to_str().unwrap()).collect();
+        assert_eq!(names, ["1.png", "x.png", "2.png"]);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (text, parts) in [
+            ("", &["talk.jsonl", "one per line"][..]),
+            ("[1]", &["line 1", "no conversation"]),
+            ("{\"messages\":[], \"image\":[]}", &["line 1", "image"]),
+            (r#"[{"role":"user","content":"a"}]"#, &["line 1", "nothing to learn"]),
+            (r#"[{"role":"assistant","content":"a"}]"#, &["first message"]),
+            (
+                "\n[{\"role\":\"user\",\"content\":[{\"type\":\"image\"}]},{\"role\":\"assistant\",\"content\":\"a\"}]",
+                &["line 2", "without a path"],
+            ),
+            (
+                r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"a"}],"images":["b"]}"#,
+                &["more than image parts"],
+            ),
+            (
+                r#"[{"role":"user","content":"a"},{"role":"assistant","content":[{"type":"image","image":"b"}]}]"#,
+                &["message 1", "assistant's and holds an image"],
+            ),
+        ] {
+            let e = open(text).err().unwrap().to_string();
+            assert!(parts.iter().all(|p| e.contains(p)), "{e}");
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The folder that `eval` and `rollout` fill: episodes with their images, figures, a report.
+
+use super::session::CONFIG_FILE;
+use crate::model::write_atomically;
+use crate::report::{MetricsLog, TrajectoryStore};
+use crate::train::RunConfig;
+use crate::train::checkpoint::Checkpoints;
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+
+/// Which model, and where results go.
+#[derive(clap::Args)]
+pub(super) struct ModelArgs {
+    /// A run file (TOML), or the folder of a run, whose newest checkpoint is then the model
+    #[arg(value_name = "RUN")]
+    file: Option<PathBuf>,
+    /// The model's folder [default: what the run says]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Sets one key of the run file; may be repeated
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    overrides: Vec<String>,
+    /// The folder to write
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+impl ModelArgs {
+    /// The configuration that the command line describes; its `model.path` is the model to use.
+    ///
+    /// # Errors
+    /// As [`RunConfig::read`]; and where the folder is not a run's.
+    pub fn config(&self) -> Result<RunConfig> {
+        let mut config = match &self.file {
+            Some(dir) if dir.is_dir() => {
+                let mut config = RunConfig::read(Some(&super::session::config_file(dir)?), &self.overrides)?;
+                let (newest, notes) = Checkpoints::new(dir, 0).latest()?;
+                notes.iter().for_each(|n| eprintln!("{n}"));
+                if let Some(c) = newest {
+                    config.model.path = c.path.display().to_string();
+                }
+                config
+            }
+            file => RunConfig::read(file.as_deref(), &self.overrides)?,
+        };
+        if let Some(dir) = &self.model {
+            config.model.path = dir.display().to_string();
+        }
+        Ok(config)
+    }
+}
+
+/// The folder, and what writes into it.
+pub(super) struct Records {
+    pub dir: PathBuf,
+    pub store: TrajectoryStore,
+}
+
+impl Records {
+    /// Makes the folder. `result`: the file by which it is known that there are results in it.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where results would be overwritten, [`Error::Io`] where the folder cannot be made.
+    pub fn create(dir: &Path, result: &str) -> Result<Records> {
+        if [result, "metrics.jsonl", CONFIG_FILE].iter().any(|f| dir.join(f).exists()) {
+            return Err(Error::input(
+                format!("{}: there are results in this folder already", dir.display()),
+                "name another one with --out, or remove it",
+            ));
+        }
+        Ok(Records { dir: dir.to_path_buf(), store: TrajectoryStore::open(dir)? })
+    }
+
+    /// Writes figures, the configuration and the report; returns the report's path.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when something cannot be written.
+    pub fn finish(&self, config: &RunConfig, metrics: &[(&str, f64)]) -> Result<PathBuf> {
+        MetricsLog::open(&self.dir, 0, false)?.log(0, metrics)?;
+        let (text, file) = (config.to_toml()?, self.dir.join(CONFIG_FILE));
+        write_atomically(&file, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io("write", &file, e)))?;
+        crate::report::write(&self.dir)
+    }
+}
