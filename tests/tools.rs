@@ -420,6 +420,13 @@ fn an_interpreter_without_the_modules_says_what_to_install() {
 }
 
 #[test]
+fn an_interrupt_from_the_terminal_does_not_reach_the_process() {
+    tool().check().unwrap();
+    let group = unsafe { libc::getpgid(tool().processes()[0] as i32) };
+    assert_ne!(group, unsafe { libc::getpgrp() }, "Ctrl-C goes to all of a group");
+}
+
+#[test]
 fn dropping_the_tool_ends_its_processes() {
     let mine = own_tool();
     mine.check().unwrap();

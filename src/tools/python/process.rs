@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -150,6 +151,8 @@ impl Zygote {
                 ("OMP_NUM_THREADS", "1"),
                 ("PYTHONHASHSEED", "0"),
             ])
+            // A group of its own: Ctrl-C is for varft, which then ends or saves and may still need its tool.
+            .process_group(0)
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
