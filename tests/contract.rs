@@ -9,8 +9,8 @@ use varft::device::{DType, Device};
 use varft::engine::{Completion, Engine, EngineOptions, Finish, Generation, Request, Sampling, Session};
 use varft::input::Prompt;
 use varft::model::Model;
-use varft::model::train::{self, Activations, Group, TrainBatch};
-use varft::ops::loss::{self, LossRows};
+use varft::model::train::{self, Activations, Group, MemoryPlan, TrainBatch};
+use varft::ops::loss::{self, LossRows, Objective, Outputs};
 use varft::ops::softmax;
 
 /// A sampled token: where it stands in its sequence, under which temperature it was drawn, what the engine said.
@@ -160,9 +160,24 @@ fn random_schedule(rng: &mut Rng, engine: &Engine, m: &Model, long: bool) -> Vec
     done
 }
 
+/// Buffers of the trainer's passes, used again from batch to batch, as a run does.
+#[derive(Default)]
+struct Buffers {
+    /// Of a pass without a backward one.
+    scoring: Option<Activations>,
+    learning: Option<Activations>,
+}
+
 /// Log-probabilities of all sampled tokens by the packed trainer: samples of one request as one group behind their
-/// prompt, other sequences whole, or cut anywhere into a prompt and one completion.
-fn trainer_logprobs(rng: &mut Rng, m: &Model, forbidden: &[u32], all: &[Trajectory]) -> Vec<Vec<u32>> {
+/// prompt, other sequences whole, or cut anywhere into a prompt and one completion. Half of the time by the pass that
+/// scores (a reference policy's), half of the time by the one that learns, under any memory plan.
+fn trainer_logprobs(
+    rng: &mut Rng,
+    m: &Model,
+    forbidden: &[u32],
+    all: &[Trajectory],
+    buffers: &mut Buffers,
+) -> Vec<Vec<u32>> {
     let mut groups: Vec<Group> = Vec::new();
     // For each trajectory: its group, its completion there, and the length of the prompt.
     let mut places: Vec<(usize, usize, usize)> = Vec::new();
@@ -193,8 +208,16 @@ fn trainer_logprobs(rng: &mut Rng, m: &Model, forbidden: &[u32], all: &[Trajecto
     }
     let (d, s) = (m.device(), m.device().stream());
     let batch = TrainBatch::pack(&m.config, d, &s, &groups).unwrap();
-    let mut acts = Activations::forward_only(m, &batch);
-    let hidden = train::forward(m, &s, &batch, &mut acts).unwrap();
+    let learns = rng.below(2) == 1;
+    let buffers = if learns { &mut buffers.learning } else { &mut buffers.scoring };
+    if rng.below(8) == 0 {
+        *buffers = None;
+    }
+    let acts = buffers.get_or_insert_with(|| {
+        let plan = MemoryPlan { text: rng.below(m.config.layers + 1), vision: rng.below(m.config.vision.depth + 1) };
+        if learns { Activations::new(m, plan, &batch) } else { Activations::forward_only(m, &batch) }
+    });
+    let hidden = train::forward(m, &s, &batch, acts).unwrap();
     let (mut rows, mut targets, mut temperatures) = (Vec::new(), Vec::new(), Vec::new());
     for (t, &(group, completion, cut)) in all.iter().zip(&places) {
         for scored in &t.scored {
@@ -211,9 +234,17 @@ fn trainer_logprobs(rng: &mut Rng, m: &Model, forbidden: &[u32], all: &[Trajecto
     forbidden.iter().for_each(|&id| words[id as usize / 32] |= 1 << (id % 32));
     let (c, n) = (&m.config, rows.len());
     let ws = loss::Workspace::new(d, c.vocab_size, c.hidden_size, n, (1 + rng.below(200)) * 4 * c.vocab_size);
-    let out = d.alloc(DType::F32, n);
+    let out = Outputs::new(d, n);
     let entries = LossRows::new(d, &rows, &targets, &temperatures);
-    loss::logprobs(&s, &hidden, &m.text.head, &entries, &d.upload(&words), &ws, &out, None);
+    let words = d.upload(&words);
+    if learns {
+        let (weight, dhidden) = (d.upload(&vec![1.0f32; n]), d.zeros(DType::F32, hidden.len()));
+        let head = &m.text.head;
+        loss::forward_backward(&s, &hidden, head, &entries, Objective::Nll, &weight, &words, &ws, &out, &dhidden, None);
+    } else {
+        loss::logprobs(&s, &hidden, &m.text.head, &entries, &words, &ws, &out.logp, None);
+    }
+    let out = out.logp;
     let mut values = s.read::<f32>(&out).wait().unwrap().into_iter().map(f32::to_bits);
     all.iter().map(|t| values.by_ref().take(t.scored.len()).collect()).collect()
 }
@@ -221,6 +252,7 @@ fn trainer_logprobs(rng: &mut Rng, m: &Model, forbidden: &[u32], all: &[Trajecto
 #[test]
 fn every_sampled_token_has_the_trainers_log_probability() {
     let models = [model(&Device::cpu(1)), model(&Device::cpu(2))];
+    let mut buffers = [Buffers::default(), Buffers::default()];
     let (mut tokens, mut hits, mut encoded_hits, mut preemptions, mut retracted) = (0, 0, 0, 0, 0);
     for seed in 0..200 {
         let mut rng = Rng(seed);
@@ -234,7 +266,8 @@ fn every_sampled_token_has_the_trainers_log_probability() {
             continue;
         }
         // The trainer may run on another number of threads than the engine did.
-        let trained = trainer_logprobs(&mut rng, &models[(seed / 7) as usize % 2], &forbidden, &all);
+        let at = (seed / 7) as usize % 2;
+        let trained = trainer_logprobs(&mut rng, &models[at], &forbidden, &all, &mut buffers[at]);
         for (t, trained) in all.iter().zip(trained) {
             for (i, (scored, trained)) in t.scored.iter().zip(trained).enumerate() {
                 assert_eq!(
