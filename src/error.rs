@@ -56,6 +56,9 @@ fn io_hint(e: &std::io::Error) -> &'static str {
         std::io::ErrorKind::StorageFull => "; free some space on that disk and run the same command again",
         std::io::ErrorKind::NotFound => "; check the path",
         std::io::ErrorKind::PermissionDenied => "; check who owns it and its permissions",
+        std::io::ErrorKind::QuotaExceeded | std::io::ErrorKind::FileTooLarge => {
+            "; make room under the limit on your files (quota, ulimit -f) and run the same command again"
+        }
         _ => "",
     }
 }

@@ -34,7 +34,7 @@ use Finding::{Fail, Ok as Fine, Warn};
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let device = Device::cpu(0);
-    println!("varft {}", env!("CARGO_PKG_VERSION"));
+    say!("varft {}", env!("CARGO_PKG_VERSION"));
     let mut failed = Vec::new();
     let mut show = |name: &'static str, finding: Finding| {
         let (word, text) = match finding {
@@ -45,11 +45,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
                 ("fail", format!("{text}; {mend}"))
             }
         };
-        println!("{word:<5} {name:<8} {text}");
+        say!("{word:<5} {name:<8} {text}");
     };
     show("cores", cores(&device));
     show("simd", simd());
-    show("memory", memory());
+    show("memory", memory(&device));
     show("disk", disk(&args.dir));
     show("kernels", kernels(&device));
     show("python", python(args.install));
@@ -89,21 +89,11 @@ fn simd() -> Finding {
     )
 }
 
-/// Memory that is free for this process, with the limit of its control group.
-fn memory() -> Finding {
-    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let field = |name: &str| -> Option<u64> {
-        let line = info.lines().find(|l| l.starts_with(name))?;
-        Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? << 10)
+fn memory(device: &Device) -> Finding {
+    let Some(free) = device.available_bytes() else {
+        return Warn("unknown: the system does not tell".into(), "look at it yourself: a quick start needs 4 GiB");
     };
-    let (Some(total), Some(mut free)) = (field("MemTotal:"), field("MemAvailable:")) else {
-        return Warn("unknown: /proc/meminfo cannot be read".into(), "look at it yourself: a quick start needs 4 GiB");
-    };
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    if let Some(limit) = number("/sys/fs/cgroup/memory.max") {
-        free = free.min(limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
-    }
-    let text = format!("{:.1} GiB free of {:.1}", gib(free), gib(total));
+    let text = format!("{:.1} GiB free", gib(free));
     match free {
         f if f < 4 << 30 => Warn(text, "a quick start needs 4 GiB"),
         _ => Fine(text),

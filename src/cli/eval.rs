@@ -88,11 +88,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
             reference: Scorer::Reference.score(t.answer(), &job.example.answers),
         })
         .collect();
-    print!("{}", table(&all));
+    say!("{}", table(&all).trim_end());
     if scores.void > 0 {
-        println!("{} episodes failed for reasons that are not the model's, and are not counted", scores.void);
+        say!("{} episodes failed for reasons that are not the model's, and are not counted", scores.void);
     }
-    println!("results {}\nreport  {}", path.display(), report.display());
+    say!("results {}\nreport  {}", path.display(), report.display());
     Ok(())
 }
 

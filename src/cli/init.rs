@@ -54,9 +54,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let path: &Path = &args.dir.join("tokenizer.json");
         write_atomically(path, |out| out.write_all(bytes).map_err(|e| Error::io("write", path, e)))?;
     }
-    println!("{}: {} parameters, {}", args.dir.display(), grouped(model.params.count()), args.dtype);
+    say!("{}: {} parameters, {}", args.dir.display(), grouped(model.params.count()), args.dtype);
     if tokenizer.is_none() {
-        println!("it has no tokenizer.json yet: copy the one of Qwen/Qwen2.5-VL-3B-Instruct into it");
+        say!("it has no tokenizer.json yet: copy the one of Qwen/Qwen2.5-VL-3B-Instruct into it");
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use crate::input::{
 };
 use crate::model::positions::{self, Positions, Span};
 use crate::model::train::{self, Activations, Group, TrainBatch};
-use crate::model::{LoadOptions, Model};
+use crate::model::{Config, LoadOptions, Model};
 use crate::ops::linear::{self, Epilogue};
 use crate::ops::patch_embed::{self, Geometry, INPUTS};
 use crate::ops::softmax;
@@ -50,7 +50,7 @@ const ROWS: usize = 64;
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let device = Device::cpu(args.threads);
-    let prompt = read_prompt(args)?;
+    let prompt = read_prompt(args, device.threads())?;
     let model = Model::load(&args.model, &device, &LoadOptions { freeze_vision: true, progress: true })?;
     let limit = model.config.max_position_embeddings;
     if prompt.len() > limit {
@@ -62,11 +62,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let tensors = Inspected::new(&model, &ImageProcessor::load(&args.model)?, prompt)?;
     tensors.save(&args.out)?;
     let (t, n) = (tensors.prompt.len(), tensors.prompt.images.len());
-    println!("{}: {t} tokens, {n} images", args.out.display());
+    say!("{}: {t} tokens, {n} images", args.out.display());
     Ok(())
 }
 
-fn read_prompt(args: &Args) -> Result<Prompt> {
+fn read_prompt(args: &Args, threads: usize) -> Result<Prompt> {
     let path = &args.conversation;
     let text = std::fs::read(path).map_err(|e| Error::io("read the conversation", path, e))?;
     let messages: Vec<Message> = serde_json::from_slice(&text).map_err(|e| {
@@ -91,8 +91,10 @@ fn read_prompt(args: &Args) -> Result<Prompt> {
     if args.pillow13 {
         processor.order = ResizeOrder::Pillow13;
     }
-    let images = Preprocessor::new(processor, args.threads, 0)?.load_all(sources)?;
-    build_prompt(&Tokenizer::load(&args.model)?, &ChatTemplate::load(&args.model)?, &messages, &images)
+    let images = Preprocessor::new(processor, threads, 0)?.load_all(sources)?;
+    let tokenizer = Tokenizer::load(&args.model)?;
+    Config::load(&args.model)?.check_tokenizer(&tokenizer)?;
+    build_prompt(&tokenizer, &ChatTemplate::load(&args.model)?, &messages, &images)
 }
 
 /// All that is written, on the host.

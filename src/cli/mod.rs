@@ -3,6 +3,14 @@
 //! A command prints what it made on standard output, progress on standard error, and an error as one message that says
 //! what to do. Exit status: 0, or 1 after an error, or 2 for a command line that cannot be read.
 
+/// `println!`, except that a reader who has gone (`varft ... | head`) ends neither the work nor, with a panic, the process.
+macro_rules! say {
+    ($($what:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stdout(), $($what)*);
+    }};
+}
+
 mod chat;
 mod doctor;
 mod eval;
@@ -17,6 +25,7 @@ mod sft;
 mod train;
 
 use clap::{Parser, Subcommand};
+use std::io::Write;
 use std::process::ExitCode;
 
 #[derive(Parser)]
@@ -61,7 +70,8 @@ pub fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e}");
+            // Nobody may be there to read it; the exit status tells too.
+            let _ = writeln!(std::io::stderr(), "error: {e}");
             ExitCode::FAILURE
         }
     }

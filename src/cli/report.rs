@@ -12,6 +12,6 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    println!("{}", crate::report::write(&args.run)?.display());
+    say!("{}", crate::report::write(&args.run)?.display());
     Ok(())
 }

@@ -97,7 +97,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     sums.iter_mut().filter(|(k, _)| *k != "episodes/written").for_each(|(_, v)| *v /= written.max(1.0));
     records.store.write(Phase::Train, 0, &shown)?;
     let report = records.finish(&config, &sums)?;
-    println!("{written} episodes  {}\nreport  {}", path.display(), report.display());
+    say!("{written} episodes  {}\nreport  {}", path.display(), report.display());
     Ok(())
 }
 

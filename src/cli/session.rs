@@ -172,9 +172,9 @@ impl Session {
             Ok(Finished::Complete) => {
                 let newest = Checkpoints::new(&self.dir, 0).latest()?.0;
                 if let Some(c) = newest {
-                    println!("model   {}", c.path.display());
+                    say!("model   {}", c.path.display());
                 }
-                println!("report  {}", report?.display());
+                say!("report  {}", report?.display());
                 Ok(())
             }
             Ok(Finished::Stopped { at }) => Err(Error::Cancelled(format!(

@@ -4,7 +4,7 @@ use crate::agent::{CodingProtocol, EnginePolicy, EpisodeOptions, RewardRule, Rol
 use crate::device::Device;
 use crate::engine::{Engine, EngineOptions, Sampling};
 use crate::input::{ChatTemplate, Image, ImageProcessor, ImageSource, Picture, Preprocessor, Tokenizer};
-use crate::model::{LoadOptions, Model};
+use crate::model::{Config, LoadOptions, Model};
 use crate::tasks::synthetic::{self, Subset, Synthetic};
 use crate::tasks::{Example, Examples, MatExamples, SyntheticExamples};
 use crate::tools::python::environment::Search;
@@ -56,6 +56,7 @@ impl Loaded {
         let dir = model_dir(config)?;
         // The small files first: what is wrong with them should not wait for the weights.
         let tokenizer = Arc::new(Tokenizer::load(&dir)?);
+        Config::load(&dir)?.check_tokenizer(&tokenizer)?;
         let template = Arc::new(ChatTemplate::load(&dir)?);
         let preprocessor = preprocessor(config, &dir)?;
         let device = Device::cpu(config.run.threads);

@@ -15,10 +15,14 @@ pub use buffer::{Buffer, DType, Element};
 pub use cpu::{Event, Pending, Stream};
 pub use pool::{Pool, SendPtr};
 
+use crate::{Error, Result};
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},
 };
+
+/// More threads than any machine has cores would only take memory.
+const MAX_THREADS: usize = 1024;
 
 /// A place where buffers live and streams run. Cloning is cheap and names the same device.
 #[derive(Clone)]
@@ -51,6 +55,7 @@ impl Device {
     }
 
     fn build(threads: usize, deferred: bool) -> Device {
+        let threads = threads.min(MAX_THREADS);
         let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, |n| n.get()) } else { threads };
         Device { inner: Arc::new(Inner { pool: Arc::new(Pool::new(threads)), deferred, allocated: Arc::default() }) }
     }
@@ -87,6 +92,44 @@ impl Device {
     /// Bytes held by live buffers of this device.
     pub fn allocated_bytes(&self) -> usize {
         self.inner.allocated.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that could still be allocated, as far as the system tells: its free memory and the limit of the control group.
+    pub fn available_bytes(&self) -> Option<u64> {
+        let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+        let free = line.split_whitespace().next()?.parse::<u64>().ok()? << 10;
+        let group = |file: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok();
+        let number = |file: &str| group(file)?.trim().parse::<u64>().ok();
+        let Some(limit) = number("memory.max") else { return Some(free) };
+        // Copies of files count as used, and are given up when memory is asked for.
+        let stat = group("memory.stat").unwrap_or_default();
+        let files: u64 = (stat.lines())
+            .filter_map(|l| l.strip_prefix("active_file ").or(l.strip_prefix("inactive_file ")))
+            .filter_map(|bytes| bytes.parse::<u64>().ok())
+            .sum();
+        let used = number("memory.current").unwrap_or(0).saturating_sub(files);
+        Some(free.min(limit.saturating_sub(used)))
+    }
+
+    /// That `bytes` for `what` can be allocated. A CPU's memory is handed out before it is there: without this question,
+    /// what does not fit ends the whole process, later, without a word.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] with both figures and `mend`.
+    pub fn check_room(&self, bytes: usize, what: &str, mend: &str) -> Result<()> {
+        match self.available_bytes() {
+            Some(free) if bytes as u64 > free => {
+                let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+                let (need, free) = (mib(bytes as u64), mib(free));
+                Err(Error::limit(format!("{what}: {need} MiB are needed, and {free} MiB of memory are free"), mend))
+            }
+            // Where the system does not tell, what no allocator gives is all that can be known.
+            _ if bytes > isize::MAX as usize / 2 => {
+                Err(Error::limit(format!("{what}: {bytes} bytes are needed"), mend))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// How many threads a parallel op uses.

@@ -46,6 +46,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use worker::{Command, Worker};
 
+/// Most samples of one [`Request`].
+const MAX_SAMPLES: usize = 1 << 16;
+
 /// What an engine may use, and what it may say.
 #[derive(Clone)]
 pub struct EngineOptions {
@@ -166,9 +169,11 @@ impl Engine {
     /// Plans all device memory for `options` and starts the engine's thread.
     ///
     /// # Errors
-    /// [`Error::Limit`] if the budgets hold nothing, [`Error::Input`] if `forbidden` does not fit the vocabulary.
+    /// [`Error::Limit`] if the budgets hold nothing or do not fit the memory, [`Error::Input`] if `forbidden` or the tokenizer
+    /// does not fit the vocabulary.
     pub fn start(model: Arc<Model>, options: EngineOptions) -> Result<Engine> {
         let c = &model.config;
+        options.tokenizer.as_deref().map_or(Ok(()), |t| c.check_tokenizer(t))?;
         let per_block = KvCache::bytes_per_block(c.layers, c.kv_heads, c.head_dim());
         let blocks = options.kv_bytes / per_block;
         let max_context = options.max_context.min(c.max_position_embeddings).min(blocks * BLOCK);
@@ -196,6 +201,23 @@ impl Engine {
                 "forbid ids of this model's vocabulary, and not all of them",
             ));
         }
+        // A lower bound: what the largest buffers take, so that no option can ask for what ends the process.
+        let widest = [c.hidden_size, c.qkv_width(), 2 * c.intermediate_size].into_iter().max().unwrap_or(0);
+        let needed = [
+            options.step_tokens.saturating_mul(widest * size_of::<f32>()),
+            options
+                .step_patches
+                .saturating_mul(c.vision.hidden_size.max(2 * c.vision.intermediate_size) * size_of::<f32>()),
+            options.max_sequences.saturating_mul(c.vocab_size * size_of::<f32>()),
+            options.max_sequences.saturating_mul(max_context.div_ceil(BLOCK) * size_of::<u32>()),
+        ];
+        let needed =
+            needed.into_iter().fold(options.kv_bytes.saturating_add(options.vision_bytes), usize::saturating_add);
+        model.device().check_room(
+            needed,
+            "this engine's caches and buffers",
+            "lower EngineOptions::kv_bytes, vision_bytes, max_sequences, step_tokens or step_patches",
+        )?;
         let vision_rows = options.vision_bytes / (c.hidden_size * size_of::<f32>()) / vision::PAGE * vision::PAGE;
         let in_cache = vision_rows * 4;
         let max_patches = if in_cache < options.step_patches {
@@ -245,6 +267,12 @@ impl Engine {
         }
         self.client.check_prompt(&prompt, 0)?;
         sampling.check(self.client.has_tokenizer)?;
+        if n > MAX_SAMPLES {
+            return Err(Error::limit(
+                format!("{n} samples of one prompt, and {MAX_SAMPLES} are the most in a request"),
+                "make several requests, each with its own Sampling::stream",
+            ));
+        }
         let mut samples = Vec::with_capacity(n);
         let mut handles = Vec::with_capacity(n);
         for i in 0..n {

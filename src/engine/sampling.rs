@@ -62,6 +62,9 @@ impl Sampling {
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
             return bad("temperature", self.temperature, "of at least 0");
         }
+        if self.temperature > 0.0 && !self.temperature.recip().is_finite() {
+            return bad("temperature", self.temperature, "of 0, or one that something can be divided by");
+        }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return bad("top_p", self.top_p, "above 0 and at most 1");
         }
@@ -158,6 +161,8 @@ mod tests {
         for (bad, word) in [
             (Sampling { temperature: f32::NAN, ..ok.clone() }, "temperature"),
             (Sampling { temperature: -1.0, ..ok.clone() }, "temperature"),
+            (Sampling { temperature: f32::INFINITY, ..ok.clone() }, "temperature"),
+            (Sampling { temperature: 1e-40, ..ok.clone() }, "temperature"),
             (Sampling { top_p: 0.0, ..ok.clone() }, "top_p"),
             (Sampling { min_p: 1.5, ..ok.clone() }, "min_p"),
             (Sampling { stop_strings: vec!["x".into()], ..ok.clone() }, "EngineOptions::tokenizer"),

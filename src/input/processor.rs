@@ -3,6 +3,7 @@ use std::path::Path;
 use super::decode::{Picture, PictureLimits, decode_picture};
 use super::resize::{ResizeOrder, resize_bicubic};
 use super::{Image, MERGE};
+use crate::ops::patch_embed::PATCH;
 use crate::{Error, Result};
 
 /// How pictures become [`Image`]s: the settings of `preprocessor_config.json`.
@@ -120,8 +121,8 @@ impl ImageProcessor {
         if processor.std.iter().any(|&s| s <= 0.0 || !s.is_finite()) {
             return Err(bad("image_std", "a deviation must be above zero"));
         }
-        if processor.patch > 1024 {
-            return Err(bad("patch_size", "at most 1024 is sensible"));
+        if processor.patch != PATCH {
+            return Err(bad("patch_size", &format!("Qwen2.5-VL's vision tower needs {PATCH}")));
         }
         if processor.min_pixels > processor.max_pixels {
             return Err(Error::input(

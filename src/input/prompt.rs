@@ -2,6 +2,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::ops::patch_embed::PATCH;
 use crate::{Error, Result};
 
 /// Side of the square of patches that the vision merger joins into one token (`spatial_merge_size`).
@@ -204,6 +205,16 @@ impl Prompt {
                 return Err(Error::input(
                     format!("image {n} has {} tokens, but its grid {grid:?} has {tokens}", span.len),
                     mend,
+                ));
+            }
+            let seen = grid.patches() * PATCH * PATCH * 3;
+            if grid.t != 1 || span.image.pixels.len() != seen {
+                return Err(Error::input(
+                    format!(
+                        "image {n} has {} bytes of pixels, but its grid {grid:?} takes {seen}",
+                        span.image.pixels.len()
+                    ),
+                    "make images with ImageProcessor or Image::from_resized, for patches of 14 pixels",
                 ));
             }
             let end = span.offset.checked_add(span.len).filter(|&end| span.offset >= at && end <= self.tokens.len());

@@ -1,5 +1,6 @@
 //! What a checkpoint says about its shape: the hub's flat `config.json` and the nested one of transformers 5.
 
+use crate::input::Tokenizer;
 use crate::ops::patch_embed::{MERGE, PATCH};
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -208,13 +209,36 @@ impl Config {
             true => Ok(()),
             false => Err(format!("{what} ({a}) does not divide {of} ({b})")),
         };
+        // Far beyond any model there is; sizes and sums of them stay whole numbers without a check at every product.
+        for (name, n, most) in [
+            ("vocab_size", self.vocab_size, 1 << 24),
+            ("hidden_size", self.hidden_size, 1 << 20),
+            ("intermediate_size", self.intermediate_size, 1 << 20),
+            ("num_hidden_layers", self.layers, 1 << 12),
+            ("max_position_embeddings", self.max_position_embeddings, 1 << 30),
+            ("vision hidden_size", v.hidden_size, 1 << 20),
+            ("vision intermediate_size", v.intermediate_size, 1 << 20),
+            ("vision depth", v.depth, 1 << 12),
+            ("vision window_size", v.window_size, 1 << 30),
+        ] {
+            match n {
+                0 => return Err(format!("{name} is zero")),
+                n if n > most => return Err(format!("{name} is {n}, and at most {most} makes sense")),
+                _ => {}
+            }
+        }
+        for (name, x) in [("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta)] {
+            if !(x > 0.0 && x.is_finite()) {
+                return Err(format!("{name} is {x}, and should be a number above zero"));
+            }
+        }
         divides("num_attention_heads", self.heads, "hidden_size", self.hidden_size)?;
         divides("num_key_value_heads", self.kv_heads, "num_attention_heads", self.heads)?;
         divides("vision num_heads", v.heads, "vision hidden_size", v.hidden_size)?;
         divides("2", 2, "the head dimension", self.head_dim())?;
         divides("4", 4, "the vision head dimension", v.hidden_size / v.heads)?;
-        let half: usize = self.mrope_section.iter().sum();
-        if half * 2 != self.head_dim() {
+        let half = self.mrope_section.iter().fold(0usize, |sum, n| sum.saturating_add(*n));
+        if half.saturating_mul(2) != self.head_dim() {
             return Err(format!(
                 "mrope_section {:?} adds up to {half}, and half the head dimension is {}",
                 self.mrope_section,
@@ -241,14 +265,38 @@ impl Config {
                 return Err(format!("{name} {id} is outside the vocabulary of {}", self.vocab_size));
             }
         }
-        for (name, n) in [
-            ("num_hidden_layers", self.layers),
-            ("intermediate_size", self.intermediate_size),
-            ("vision depth", v.depth),
-            ("vision intermediate_size", v.intermediate_size),
+        Ok(())
+    }
+
+    /// That `tokenizer` can have been made for this model: its ids are in the vocabulary, and what stands for an image is the
+    /// same in both.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the token.
+    pub fn check_tokenizer(&self, tokenizer: &Tokenizer) -> Result<()> {
+        let mend = "take tokenizer.json and config.json from the same place";
+        if tokenizer.vocab_size() > self.vocab_size {
+            return Err(Error::input(
+                format!(
+                    "the tokenizer has {} ids, and the model's vocabulary {}: they do not belong together",
+                    tokenizer.vocab_size(),
+                    self.vocab_size
+                ),
+                mend,
+            ));
+        }
+        let (theirs, ours) = (tokenizer.special(), &self.tokens);
+        for (name, token, config, field) in [
+            ("<|image_pad|>", theirs.image_pad, ours.image, "image_token_id"),
+            ("<|video_pad|>", theirs.video_pad, ours.video, "video_token_id"),
+            ("<|vision_start|>", theirs.vision_start, ours.vision_start, "vision_start_token_id"),
+            ("<|vision_end|>", theirs.vision_end, ours.vision_end, "vision_end_token_id"),
         ] {
-            if n == 0 {
-                return Err(format!("{name} is zero"));
+            if token != config {
+                return Err(Error::input(
+                    format!("{name} is {token} in the tokenizer, and {config} in config.json ({field})"),
+                    mend,
+                ));
             }
         }
         Ok(())

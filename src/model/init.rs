@@ -54,7 +54,7 @@ mod tests {
         let c = Preset::Tiny.config();
         let make = |seed, threads, freeze| {
             let d = Device::cpu(threads);
-            let p = ParamStore::new(&c, &d, freeze);
+            let p = ParamStore::new(&c, &d, freeze).unwrap();
             fill(&d.stream(), &p, seed).unwrap();
             p.read(&d.stream(), &p.flat, "model.layers.1.mlp.up_proj.weight").unwrap()
         };

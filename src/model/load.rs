@@ -1,7 +1,8 @@
 //! Reading a checkpoint: one safetensors file or shards with an index, f32, bf16 or f16, under the hub's tensor names or
 //! those of transformers 5, memory-mapped.
 
-use super::params::{ParamStore, Tensor};
+use super::config::Config;
+use super::params::{ParamStore, Tensor, plan};
 use super::stripes;
 use crate::device::Stream;
 use crate::{Error, Result};
@@ -9,7 +10,7 @@ use half::slice::HalfFloatSliceExt;
 use indicatif::{ProgressBar, ProgressStyle};
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -83,9 +84,8 @@ impl Checkpoint {
         Ok(it)
     }
 
-    /// Copies every tensor into `params`.
-    pub fn read_into(&self, s: &Stream, dir: &Path, params: &ParamStore, tied: bool, progress: bool) -> Result<()> {
-        self.check(dir, params, tied)?;
+    /// Copies every tensor into `params`, which has the shape that [`Checkpoint::check`] has found good.
+    pub fn read_into(&self, s: &Stream, dir: &Path, params: &ParamStore, progress: bool) -> Result<()> {
         let bar = if progress { ProgressBar::new(4 * params.count() as u64) } else { ProgressBar::hidden() };
         if let Ok(style) = ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}") {
             bar.set_style(style);
@@ -107,6 +107,18 @@ impl Checkpoint {
                     halves.convert_to_f32_slice(out);
                 }
                 other => return Err(unreadable(shard, tensor, other)),
+            }
+            if let Some(i) = out.iter().position(|x| !x.is_finite()) {
+                return Err(Error::input(
+                    format!(
+                        "{}: element {} of the tensor {} is {}",
+                        shard.path.display(),
+                        first + i,
+                        tensor.name,
+                        out[i]
+                    ),
+                    "these weights are broken: use an earlier checkpoint, or fetch the file again",
+                ));
             }
             bar.inc(4 * out.len() as u64);
             Ok(())
@@ -134,10 +146,13 @@ impl Checkpoint {
         )
     }
 
-    /// That the files hold exactly the tensors that the config asks for.
-    fn check(&self, dir: &Path, params: &ParamStore, tied: bool) -> Result<()> {
-        for segment in params.segments() {
+    /// That the files hold exactly the tensors that the config asks for. Nothing is allocated before this is known: a
+    /// config may ask for any amount.
+    pub fn check(&self, dir: &Path, config: &Config) -> Result<()> {
+        let mut wanted = HashSet::new();
+        for segment in plan(config) {
             for t in &segment.tensors {
+                wanted.insert(t.name.clone());
                 let Some((i, name)) = self.tensors.get(&t.name) else { return Err(self.absent(dir, t)) };
                 let shard = &self.shards[*i];
                 let Some(info) = shard.metadata.info(name) else { return Err(self.absent(dir, t)) };
@@ -160,7 +175,9 @@ impl Checkpoint {
         }
         let extra = self.tensors.iter().find(|(hub, _)| {
             // A tied checkpoint may carry its head all the same, and old ones carry the rotary frequencies.
-            params.tensor(hub).is_none() && !(tied && *hub == "lm_head.weight") && !hub.ends_with(".inv_freq")
+            !wanted.contains(*hub)
+                && !(config.tie_word_embeddings && *hub == "lm_head.weight")
+                && !hub.ends_with(".inv_freq")
         });
         if let Some((_, (i, name))) = extra {
             return Err(Error::input(

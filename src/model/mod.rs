@@ -73,9 +73,10 @@ impl Model {
         let config = Config::load(dir)?;
         let images = ImageProcessor::load(dir)?;
         let checkpoint = load::Checkpoint::open(dir)?;
-        let params = ParamStore::new(&config, device, options.freeze_vision);
+        checkpoint.check(dir, &config)?;
+        let params = ParamStore::new(&config, device, options.freeze_vision)?;
         let s = device.stream();
-        checkpoint.read_into(&s, dir, &params, config.tie_word_embeddings, options.progress)?;
+        checkpoint.read_into(&s, dir, &params, options.progress)?;
         s.synchronize()?;
         Model::new(config, params, &images, device)
     }
@@ -85,7 +86,7 @@ impl Model {
         config
             .check()
             .map_err(|e| Error::input(format!("the shape is contradictory: {e}"), "correct those figures"))?;
-        let params = ParamStore::new(&config, device, options.freeze_vision);
+        let params = ParamStore::new(&config, device, options.freeze_vision)?;
         let s = device.stream();
         init::fill(&s, &params, seed)?;
         s.synchronize()?;

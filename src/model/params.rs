@@ -137,7 +137,10 @@ pub struct ParamStore {
 
 impl ParamStore {
     /// The segments of `config`'s shape, all zero.
-    pub fn new(config: &Config, device: &Device, freeze_vision: bool) -> ParamStore {
+    ///
+    /// # Errors
+    /// [`Error::Limit`] if they do not fit the device's memory.
+    pub fn new(config: &Config, device: &Device, freeze_vision: bool) -> Result<ParamStore> {
         let mut segments = plan(config);
         for s in &mut segments {
             s.trainable = !(freeze_vision && s.name.starts_with("vision."));
@@ -155,7 +158,12 @@ impl ParamStore {
         let names = segments.iter().enumerate();
         let names = names.flat_map(|(i, s)| s.tensors.iter().enumerate().map(move |(j, t)| (t.name.clone(), (i, j))));
         let names = names.collect();
-        ParamStore { flat: device.zeros(DType::F32, end), segments, names, decayed, trainable }
+        device.check_room(
+            end * DType::F32.size(),
+            "the model's weights",
+            "use a smaller model, or a larger machine",
+        )?;
+        Ok(ParamStore { flat: device.zeros(DType::F32, end), segments, names, decayed, trainable })
     }
 
     /// The segments, in the order in which they lie.
@@ -319,7 +327,7 @@ pub struct VisionParams {
 }
 
 /// The segments of a shape, in the architecture's order; offsets are not set yet.
-fn plan(c: &Config) -> Vec<Segment> {
+pub(super) fn plan(c: &Config) -> Vec<Segment> {
     let mut out = Vec::new();
     let mut add = |name: String, k: usize, layout: Layout, init: Init, parts: &[(String, Vec<usize>, usize)]| {
         let mut n = 0;
@@ -405,7 +413,7 @@ mod tests {
         let d = Device::cpu(1);
         for (preset, freeze) in [(Preset::Tiny, false), (Preset::Tiny, true), (Preset::Mid, true)] {
             let c = preset.config();
-            let p = ParamStore::new(&c, &d, freeze);
+            let p = ParamStore::new(&c, &d, freeze).unwrap();
             let mut end = 0;
             for s in p.segments() {
                 assert_eq!(s.offset, end, "{}", s.name);
@@ -429,7 +437,7 @@ mod tests {
             assert_eq!(end, p.flat.len());
             assert_eq!(p.vision(&c, &p.mirror(&d)).is_none(), freeze);
         }
-        assert_eq!(ParamStore::new(&Preset::Mid.config(), &d, false).count() / 100_000, 435);
+        assert_eq!(ParamStore::new(&Preset::Mid.config(), &d, false).unwrap().count() / 100_000, 435);
     }
 
     #[test]
@@ -438,7 +446,7 @@ mod tests {
         c.vision.intermediate_size = 68; // not a multiple of a panel
         let d = Device::cpu(1);
         let s = d.stream();
-        let p = ParamStore::new(&c, &d, false);
+        let p = ParamStore::new(&c, &d, false).unwrap();
         let (segment, _) = p.tensor("visual.blocks.1.mlp.up_proj.weight").unwrap();
         let values: Vec<f32> = (0..segment.n * segment.k).map(|i| i as f32).collect();
         segment.write(&s, &p.flat, 0..segment.n, &values);

@@ -321,6 +321,8 @@ impl RunConfig {
         let not_negative = |v: f64| v.is_finite() && v >= 0.0;
         let (r, a, o, p) = (&self.rollout, &self.algo, &self.optim, &self.tools.python);
         let name = &self.run.name;
+        // What is counted in MiB is handed on in bytes.
+        let size = |mib: usize| (1..=1 << 40).contains(&mib);
         let rules: &[(bool, &str, &str)] = &[
             (!name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']), "run.name", "a folder's name"),
             (self.model.min_pixels >= 784, "model.min_pixels", "at least 784 (one token)"),
@@ -331,17 +333,20 @@ impl RunConfig {
             (r.max_turns > 0, "rollout.max_turns", "at least 1"),
             (r.max_new_tokens > 0, "rollout.max_new_tokens", "at least 1"),
             (r.context > r.max_new_tokens, "rollout.context", "more than rollout.max_new_tokens"),
+            (self.run.threads <= 1024, "run.threads", "at most 1024 (0 for all cores)"),
             (positive(r.temperature), "rollout.temperature", "more than 0 (training needs chance)"),
+            (r.top_k <= u32::MAX as usize, "rollout.top_k", "less than 2^32"),
             (not_negative(r.eval_temperature), "rollout.eval_temperature", "0 or more"),
             (share(r.top_p) && r.top_p > 0.0, "rollout.top_p", "more than 0 and at most 1"),
             (share(r.min_p) && r.min_p < 1.0, "rollout.min_p", "at least 0 and less than 1"),
-            (r.concurrency > 0, "rollout.concurrency", "at least 1"),
+            (r.concurrency > 0 && r.concurrency <= 4096, "rollout.concurrency", "from 1 to 4096"),
             (r.batch_tokens > 0, "rollout.batch_tokens", "at least 1"),
-            (r.kv_cache_mib > 0, "rollout.kv_cache_mib", "at least 1"),
-            (positive(p.cpu_s), "tools.python.cpu_s", "more than 0"),
-            (p.memory_mib > 0, "tools.python.memory_mib", "at least 1"),
-            (p.file_mib > 0, "tools.python.file_mib", "at least 1"),
-            (p.output_kib > 0, "tools.python.output_kib", "at least 1"),
+            (size(r.kv_cache_mib), "rollout.kv_cache_mib", "from 1 to 2^40"),
+            (r.vision_cache_mib <= 1 << 40, "rollout.vision_cache_mib", "at most 2^40"),
+            (positive(p.cpu_s) && p.cpu_s <= 1e6, "tools.python.cpu_s", "more than 0 and at most 1,000,000"),
+            (size(p.memory_mib as usize), "tools.python.memory_mib", "from 1 to 2^40"),
+            (size(p.file_mib as usize), "tools.python.file_mib", "from 1 to 2^40"),
+            (size(p.output_kib), "tools.python.output_kib", "from 1 to 2^40"),
             (
                 self.task.kind == TaskKind::Mat || self.task.eval_items > 0,
                 "task.eval_items",
@@ -364,6 +369,7 @@ impl RunConfig {
             (not_negative(o.weight_decay), "optim.weight_decay", "0 or more"),
             (not_negative(o.max_grad_norm), "optim.max_grad_norm", "0 or more"),
             (o.micro_batch_tokens > 0, "optim.micro_batch_tokens", "at least 1"),
+            (size(o.activations_mib), "optim.activations_mib", "from 1 to 2^40"),
         ];
         match rules.iter().find(|r| !r.0) {
             Some((_, key, rule)) => Err(Error::input(

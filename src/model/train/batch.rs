@@ -178,23 +178,10 @@ fn check(config: &Config, p: &Prompt, group: usize) -> Result<()> {
             "use the tokenizer that belongs to this model",
         ));
     }
-    let mut end = 0;
-    for span in &p.images {
-        if span.offset < end || span.len != span.image.tokens() || span.offset + span.len > p.tokens.len() {
-            return Err(Error::input(
-                format!(
-                    "group {group}: an image of {} tokens stands at tokens {}..{} of {}",
-                    span.image.tokens(),
-                    span.offset,
-                    span.offset + span.len,
-                    p.tokens.len()
-                ),
-                "give each image as many placeholders as it has tokens, and spans in order",
-            ));
-        }
-        end = span.offset + span.len;
-    }
-    Ok(())
+    p.validate(config.tokens.image).map_err(|e| match e {
+        Error::Input { what, mend } => Error::Input { what: format!("group {group}: {what}"), mend },
+        other => other,
+    })
 }
 
 #[cfg(test)]
