@@ -27,7 +27,12 @@ fn commands() -> Vec<String> {
 #[test]
 fn every_command_explains_itself_with_an_example() {
     let all = commands();
-    assert!(["init", "report", "doctor"].iter().all(|c| all.contains(&c.to_string())), "{all:?}");
+    assert!(
+        ["init", "sft", "train", "rollout", "eval", "chat", "inspect", "report", "doctor"]
+            .iter()
+            .all(|c| all.contains(&c.to_string())),
+        "{all:?}"
+    );
     for command in all {
         let o = varft(&[&command, "--help"]);
         let help = stdout(&o);
@@ -171,4 +176,177 @@ fn inspect_names_what_it_cannot_read() {
     says(&format!(r#"[{{"role": "user", "content": "{long}"}}]"#), &["talk.json", "context is 4096"]);
     std::fs::remove_file(at("model/tokenizer.json")).unwrap();
     says(r#"[{"role": "user", "content": "x"}]"#, &["tokenizer.json"]);
+}
+
+/// Keys that make the synthetic task and its episodes small.
+const SMALL: [&str; 12] = [
+    "task.synthetic.content=[\"digits\"]",
+    "task.synthetic.digits=[2, 2]",
+    "task.synthetic.degradations=[\"dark\", \"none\"]",
+    "task.synthetic.width=[56, 84]",
+    "task.synthetic.height=[56, 56]",
+    "task.eval_items=3",
+    "rollout.prompt=brief",
+    "rollout.max_turns=2",
+    "rollout.max_new_tokens=12",
+    "rollout.kv_cache_mib=8",
+    "rollout.vision_cache_mib=4",
+    "model.min_pixels=784",
+];
+
+fn with_sets<'a>(args: &[&'a str], keys: &[&'a str]) -> Vec<&'a str> {
+    args.iter().copied().chain(keys.iter().flat_map(|k| ["--set", k])).collect()
+}
+
+fn lines(path: &str) -> Vec<serde_json::Value> {
+    std::fs::read_to_string(path).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+#[test]
+fn rollout_writes_episodes_token_by_token() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    assert!(varft(&["init", "tiny", &at("model")]).status.success());
+    let (model, out) = (at("model"), at("out"));
+    let args = ["rollout", "--model", &model, "--out", &out, "--items", "2", "--samples", "2"];
+    let o = varft(&with_sets(&args, &SMALL));
+    assert!(o.status.success() && stdout(&o).contains("4 episodes"), "{} {}", stdout(&o), stderr(&o));
+    let episodes = lines(&at("out/episodes.jsonl"));
+    assert_eq!(episodes.len(), 4);
+    for e in &episodes {
+        let n = e["tokens"].as_array().unwrap().len();
+        let logprobs = e["logprobs"].as_array().unwrap();
+        assert_eq!(logprobs.len(), n);
+        let mut end = 0;
+        for span in e["spans"].as_array().unwrap() {
+            let (from, to) = (span[1].as_u64().unwrap() as usize, span[2].as_u64().unwrap() as usize);
+            assert_eq!(from, end);
+            end = to;
+            let wrote = span[0] == "policy";
+            assert!(logprobs[from..to].iter().all(|l| (l.as_f64().unwrap() < 0.0) == wrote), "{e}");
+        }
+        assert_eq!((end, e["spans"][0][0].as_str()), (n, Some("prompt")));
+        for image in e["images"].as_array().unwrap() {
+            let png = image::open(dir.path().join("out").join(image["file"].as_str().unwrap())).unwrap();
+            let grid = image["grid_thw"].as_array().unwrap();
+            assert_eq!(u64::from(png.height()), 14 * grid[1].as_u64().unwrap());
+            assert_eq!(u64::from(png.width()), 14 * grid[2].as_u64().unwrap());
+        }
+    }
+    assert!(episodes[0]["tokens"] != episodes[1]["tokens"] && episodes[0]["item"] == episodes[1]["item"]);
+    assert!(Path::new(&at("out/report.html")).is_file());
+    // The same again is the same, and does not overwrite.
+    let again = varft(&with_sets(&args, &SMALL));
+    assert!(again.status.code() == Some(1) && stderr(&again).contains("--out"), "{}", stderr(&again));
+    let elsewhere = at("again");
+    let args = ["rollout", "--model", &model, "--out", &elsewhere, "--items", "2", "--samples", "2"];
+    let one = [&SMALL[..], &["rollout.concurrency=1", "run.threads=1"]].concat();
+    assert!(varft(&with_sets(&args, &one)).status.success());
+    assert_eq!(lines(&at("again/episodes.jsonl")), episodes);
+}
+
+#[test]
+fn eval_scores_rows_of_a_file_and_writes_results_as_the_published_evaluation_does() {
+    use varft::tasks::synthetic::{Config, Subset, Synthetic};
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    assert!(varft(&["init", "tiny", &at("model")]).status.success());
+    let rows = Synthetic::new(Config::default(), 1).unwrap().write_dataset(at("data"), Subset::HeldOut, 3).unwrap();
+    let (model, out, mat, images) = (at("model"), at("out"), at("data/synthetic.json"), at("data/images"));
+    let args = ["eval", "--model", &model, "--out", &out, "--mat", &mat, "--images", &images];
+    let o = varft(&with_sets(&args, &SMALL));
+    assert!(o.status.success(), "{}", stderr(&o));
+    let all = stdout(&o).lines().find(|l| l.starts_with("all ")).unwrap().to_string();
+    assert_eq!(all.split_whitespace().nth(1), Some("3"), "{all}");
+    let results: Vec<serde_json::Value> =
+        serde_json::from_str(&std::fs::read_to_string(at("out/results.json")).unwrap()).unwrap();
+    assert_eq!(results.len(), 3);
+    for (result, row) in results.iter().zip(&rows) {
+        let keys: Vec<_> = result.as_object().unwrap().keys().collect();
+        assert_eq!(keys, ["id", "pred_answer", "gt", "query"]);
+        assert!(result["pred_answer"].is_null() || result["pred_answer"].is_string());
+        assert_eq!((&result["id"], &result["query"]), (&row.id.into(), &row.question.clone().into()));
+        assert_eq!(result["gt"], serde_json::json!(row.answers));
+    }
+    assert!(Path::new(&at("out/report.html")).is_file());
+    let (gone, elsewhere) = (at("gone.json"), at("elsewhere"));
+    let o = varft(&["eval", "--model", &model, "--out", &elsewhere, "--mat", &gone]);
+    assert!(o.status.code() == Some(1) && stderr(&o).contains("gone.json"), "{}", stderr(&o));
+}
+
+/// Talks to a model through a pipe.
+fn chat(args: &[&str], said: &str) -> Output {
+    use std::io::Write;
+    use std::process::Stdio;
+    let mut child = Command::new(env!("CARGO_BIN_EXE_varft"))
+        .arg("chat")
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A chat that refused to begin does not listen.
+    let _ = child.stdin.take().unwrap().write_all(said.as_bytes());
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn chat_answers_through_a_pipe_and_remembers_until_it_is_reset() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let (model, photo) = (at("model"), at("a.png"));
+    assert!(varft(&["init", "tiny", &model]).status.success());
+    picture(Path::new(&photo), 84, 56);
+    let args = [&model[..], "--max-tokens", "8", "--context", "1024"];
+    let o = chat(&args, "hello\n\nhello\n/reset\nhello\n");
+    assert!(o.status.success(), "{}", stderr(&o));
+    assert!(stderr(&o).contains("--max-tokens") || stdout(&o).lines().count() == 3, "{}", stderr(&o));
+    // Greedy: the first reply and the one after a reset are the same text.
+    let whole = stdout(&o);
+    let first = stdout(&chat(&args, "hello\n"));
+    assert!(
+        whole.starts_with(&first) && whole.ends_with(&first) && whole.len() > 2 * first.len(),
+        "{whole:?} {first:?}"
+    );
+    // An image is shown either way; one that is not there is named.
+    let seen = chat(&[&args[..], &["--image", &photo]].concat(), "hello\n");
+    assert!(seen.status.success(), "{}", stderr(&seen));
+    assert_eq!(stdout(&chat(&args, &format!("/image {photo}\nhello\n"))), stdout(&seen));
+    let o = chat(&args, "/image gone.png\nhello\n");
+    assert!(o.status.code() == Some(1) && stderr(&o).contains("gone.png"), "{}", stderr(&o));
+    let o = chat(&[&args[..], &["--context", "32"]].concat(), "hello\n");
+    assert_eq!(o.status.code(), Some(2), "given twice");
+    let o = chat(&[&model, "--context", "32"], &"hello ".repeat(40));
+    assert!(o.status.code() == Some(1) && stderr(&o).contains("context"), "{}", stderr(&o));
+}
+
+#[test]
+fn sft_names_the_line_that_it_cannot_learn_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    assert!(varft(&["init", "tiny", &at("model")]).status.success());
+    let (model, runs, data) = (
+        format!("model.path={}", at("model")),
+        format!("run.dir={}", at("runs")),
+        format!("sft.data={}", at("talks.jsonl")),
+    );
+    let said = |talks: &str| {
+        std::fs::write(at("talks.jsonl"), talks).unwrap();
+        let o = varft(&with_sets(&["sft"], &[&model, &runs, &data, "optim.steps=1", "sft.batch_size=1"]));
+        assert_eq!(o.status.code(), Some(1));
+        stderr(&o)
+    };
+    let e = said("\n[{\"role\": \"user\", \"content\": \"a\"}]\n");
+    assert!(e.contains("talks.jsonl, line 2") && e.contains("nothing to learn"), "{e}");
+    let long = "word ".repeat(4000);
+    let talk = |said: &str| {
+        format!("[{{\"role\":\"user\",\"content\":\"{said}\"}},{{\"role\":\"assistant\",\"content\":\"b\"}}]\n")
+    };
+    let e = said(&talk(&long));
+    assert!(e.contains("talks.jsonl, line 1") && e.contains("context is 4096"), "{e}");
+    std::fs::remove_dir_all(at("runs")).unwrap();
+    let image = "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image\"}]},{\"role\":\"assistant\",\"content\":\"b\"}],\"images\":[\"gone.png\"]}";
+    let e = said(image);
+    assert!(e.contains("gone.png"), "{e}");
 }

@@ -3,11 +3,11 @@ use super::policy::Conversation;
 use super::reward::{Reward, RewardRule};
 use super::trajectory::{Author, Ending, Step, ToolUse, Trajectory};
 use super::turn::{Action, parse_turn};
-use crate::Result;
 use crate::engine::Sampling;
 use crate::input::{Image, Message};
 use crate::tasks::Example;
 use crate::tools::{Limits, Tool, ToolCall};
+use crate::{Error, Result};
 use image::RgbImage;
 use std::sync::Arc;
 
@@ -149,8 +149,15 @@ pub(super) fn run_episode(
             break;
         }
         if let Some((message, images)) = observation {
-            let heard = conversation.hear(&[message], &images)?;
-            t.push_prompt(&heard, Author::Tool);
+            match conversation.hear(&[message], &images) {
+                Ok(heard) => t.push_prompt(&heard, Author::Tool),
+                // What the tool had to say does not fit the context: the model's doing, not the machinery's.
+                Err(Error::Limit { .. }) => {
+                    t.ending = Ending::Truncated;
+                    break;
+                }
+                Err(e) => return Err(e),
+            }
         }
     }
     t.reward = options.reward.score(t.answer(), &t.answers, t.steps.iter().all(|s| s.well_formed));

@@ -1,7 +1,8 @@
-use crate::engine::{Engine, Finish, Sampling, Session};
+use crate::engine::{Canceller, Engine, Finish, Sampling, Session};
 use crate::input::{ChatTemplate, Image, Message, Prompt, Tokenizer, build_prompt, continue_prompt};
 use crate::{Error, Result};
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// What the model said in one turn.
 #[derive(Clone, Debug)]
@@ -20,6 +21,8 @@ pub struct Said {
 pub trait Policy: Send + Sync {
     /// Starts `n` conversations with the same opening (a group); its work is shared between them where possible.
     fn open(&self, messages: &[Message], images: &[Arc<Image>], n: usize) -> Result<Vec<Box<dyn Conversation>>>;
+    /// Ends the turns that are under way; they fail with [`Error::Cancelled`]. Turns that begin later are not affected.
+    fn interrupt(&self) {}
 }
 
 /// One conversation with a [`Policy`], which keeps its state between turns.
@@ -37,12 +40,23 @@ pub struct EnginePolicy {
     engine: Arc<Engine>,
     tokenizer: Arc<Tokenizer>,
     template: Arc<ChatTemplate>,
+    turns: Arc<Turns>,
+}
+
+/// The turns under way, by a number of their own.
+#[derive(Default)]
+struct Turns(Mutex<(u64, HashMap<u64, Canceller>)>);
+
+impl Turns {
+    fn lock(&self) -> MutexGuard<'_, (u64, HashMap<u64, Canceller>)> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
 }
 
 impl EnginePolicy {
     /// A policy that speaks through `engine`, with a model folder's tokenizer and template.
     pub fn new(engine: Arc<Engine>, tokenizer: Arc<Tokenizer>, template: Arc<ChatTemplate>) -> Self {
-        EnginePolicy { engine, tokenizer, template }
+        EnginePolicy { engine, tokenizer, template, turns: Arc::default() }
     }
 }
 
@@ -68,9 +82,14 @@ impl Policy for EnginePolicy {
                     ended: false,
                     tokenizer: self.tokenizer.clone(),
                     template: self.template.clone(),
+                    turns: self.turns.clone(),
                 }) as Box<dyn Conversation>
             })
             .collect())
+    }
+
+    fn interrupt(&self) {
+        self.turns.lock().1.values().for_each(Canceller::cancel);
     }
 }
 
@@ -81,6 +100,7 @@ struct EngineConversation {
     ended: bool,
     tokenizer: Arc<Tokenizer>,
     template: Arc<ChatTemplate>,
+    turns: Arc<Turns>,
 }
 
 impl Conversation for EngineConversation {
@@ -98,7 +118,17 @@ impl Conversation for EngineConversation {
         let mut sampling = sampling.clone();
         let special = self.tokenizer.special();
         sampling.stop_ids.extend([special.im_end, special.endoftext]);
-        let c = self.session.generate(sampling)?.wait()?;
+        let generation = self.session.generate(sampling)?;
+        let turn = {
+            let mut turns = self.turns.lock();
+            turns.0 += 1;
+            let number = turns.0;
+            turns.1.insert(number, generation.canceller());
+            number
+        };
+        let completion = generation.wait();
+        self.turns.lock().1.remove(&turn);
+        let c = completion?;
         let cut = match &c.finish {
             Finish::Cancelled => return Err(Error::Cancelled("the engine was asked to stop this conversation".into())),
             Finish::Length | Finish::Context => true,

@@ -8,7 +8,9 @@ use crate::tools::Tool;
 use crate::{Error, Result};
 use image::RgbImage;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 /// A group of episodes on one example.
 #[derive(Clone)]
@@ -56,6 +58,8 @@ pub type See = dyn Fn(&Arc<RgbImage>) -> Result<Arc<Image>> + Send + Sync;
 /// What came of each sample of each job.
 pub type Episodes = Vec<Vec<Result<Trajectory, Void>>>;
 
+/// How often the flag that stops the work is looked at.
+const WATCH: Duration = Duration::from_millis(100);
 /// How often an episode that the machinery failed is tried again.
 const RETRIES: usize = 2;
 
@@ -123,7 +127,15 @@ impl Rollouts {
             }
             drop(send);
             let mut finished = 0;
-            for (job, sample, result) in receive {
+            loop {
+                if self.stop.load(Ordering::Relaxed) || failed.load(Ordering::Relaxed) {
+                    self.policy.interrupt();
+                }
+                let (job, sample, result) = match receive.recv_timeout(WATCH) {
+                    Ok(received) => received,
+                    Err(RecvTimeoutError::Timeout) => continue,
+                    Err(RecvTimeoutError::Disconnected) => break,
+                };
                 match result {
                     Ok(result) => {
                         finished += 1;
@@ -177,8 +189,13 @@ impl Rollouts {
     }
 
     fn open(&self, job: &Job, n: usize) -> Result<Vec<Box<dyn Conversation>>> {
-        let image = (self.see)(job.example.input())?;
-        self.policy.open(&self.protocol.opening(&job.example.question), &[image], n)
+        let about = |e: Error| match e {
+            Error::Input { what, mend } => Error::input(format!("item {}: {what}", job.example.id), mend),
+            Error::Limit { what, mend } => Error::limit(format!("item {}: {what}", job.example.id), mend),
+            e => e,
+        };
+        let image = (self.see)(job.example.input()).map_err(about)?;
+        self.policy.open(&self.protocol.opening(&job.example.question), &[image], n).map_err(about)
     }
 
     /// One episode, tried again where the tool's machinery failed it.

@@ -6,7 +6,7 @@
 use super::sampling::{Completion, Finish};
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
 
 /// What all handles of an engine share with its thread.
 #[derive(Default)]
@@ -169,9 +169,27 @@ impl Generation {
         self.feed.cancel();
     }
 
+    /// A handle by which another thread can end the turn while this one waits for it.
+    pub fn canceller(&self) -> Canceller {
+        Canceller(Arc::downgrade(&self.feed))
+    }
+
     /// Whether sampling has ended: [`Generation::wait`] would not block.
     pub fn finished(&self) -> bool {
         self.feed.finished()
+    }
+}
+
+/// Ends a turn from another thread than the one that waits for it; see [`Generation::canceller`].
+#[derive(Clone)]
+pub struct Canceller(Weak<Feed>);
+
+impl Canceller {
+    /// As [`Generation::cancel`]; nothing where the turn has ended.
+    pub fn cancel(&self) {
+        if let Some(feed) = self.0.upgrade() {
+            feed.cancel();
+        }
     }
 }
 
@@ -236,6 +254,17 @@ mod tests {
         w.finish(Ok(Finish::Length));
         let c = g.wait().unwrap();
         assert_eq!((c.tokens, c.logprobs, c.finish, c.epochs), (vec![3, 4], vec![-0.5, -0.25], Finish::Length, (1, 2)));
+    }
+
+    #[test]
+    fn another_thread_can_cancel() {
+        let (w, feed) = Writer::new(Arc::default());
+        let g = Generation { feed, read: 0 };
+        let canceller = g.canceller();
+        canceller.cancel();
+        assert!(w.cancelled());
+        drop((g, w));
+        canceller.cancel();
     }
 
     #[test]

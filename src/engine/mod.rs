@@ -28,7 +28,7 @@ mod stats;
 mod vision;
 mod worker;
 
-pub use generation::{Generation, Sampled};
+pub use generation::{Canceller, Generation, Sampled};
 pub use sampling::{Completion, Finish, Sampling};
 pub use session::{Request, Session};
 pub use stats::Stats;

@@ -53,6 +53,11 @@ impl Progress {
         self.bar.set_message(text);
     }
 
+    /// What is under way, beside the bar until there are new figures; nothing where standard error is not a terminal.
+    pub fn busy(&self, text: String) {
+        self.bar.set_message(text);
+    }
+
     /// A line above the bar.
     pub fn note(&self, text: &str) {
         match self.plain {

@@ -100,7 +100,10 @@ impl Trainer<'_> {
                 Ok(Job { example: self.setup.train.get(item)?, group, samples: r.group_size })
             })
             .collect::<Result<Vec<_>>>()?;
-        let episodes = self.setup.rollouts.run(&jobs, self.config.run.seed, |_, _| ())?;
+        let total = jobs.len() * r.group_size;
+        let seed = self.config.run.seed;
+        let episodes = self.setup.rollouts.run(&jobs, seed, |done, _| keeper.busy("episodes", done, total))?;
+        keeper.busy("updating after episodes", total, total);
         let rollout_s = started.elapsed().as_secs_f64();
 
         let started = Instant::now();

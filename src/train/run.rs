@@ -88,7 +88,9 @@ impl Setup {
             return Ok(());
         }
         let rollouts = Rollouts { options: eval_options(&self.rollouts.options, config), ..self.rollouts.clone() };
-        let (scores, jobs, episodes) = evaluate(&rollouts, &self.eval, config.run.seed, |_, _| ())?;
+        let total = self.eval.len();
+        let (scores, jobs, episodes) =
+            evaluate(&rollouts, &self.eval, config.run.seed, |done, _| keeper.busy("held-out", done, total))?;
         let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
         let mut metrics = episode_metrics(&done, Phase::Eval);
         metrics.push(("eval/void", scores.void as f64));
@@ -160,6 +162,11 @@ impl Keeper {
     /// Completed steps.
     pub fn step(&self) -> u64 {
         self.state.step
+    }
+
+    /// Shows how far the episodes under way are.
+    pub(super) fn busy(&self, what: &str, done: usize, total: usize) {
+        self.progress.busy(format!("{what} {done}/{total}"));
     }
 
     /// Notes that a step is complete, and writes a checkpoint if one is due.

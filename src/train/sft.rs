@@ -25,15 +25,34 @@ pub fn sft(
     stop: &AtomicBool,
     episode: impl Fn(u64) -> Result<Trajectory> + Sync,
 ) -> Result<Finished> {
+    match steps(config, learner, keeper, stop, &episode) {
+        Ok(()) => {
+            keeper.save(learner)?;
+            Ok(Finished::Complete)
+        }
+        Err(Error::Cancelled(_)) if stop.load(Ordering::Relaxed) => {
+            keeper.save(learner)?;
+            Ok(Finished::Stopped { at: keeper.step() })
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn steps(
+    config: &RunConfig,
+    learner: &mut Learner,
+    keeper: &mut Keeper,
+    stop: &AtomicBool,
+    episode: &(impl Fn(u64) -> Result<Trajectory> + Sync),
+) -> Result<()> {
     let schedule = Schedule::new(&config.optim);
     while keeper.step() < config.optim.steps {
         if stop.load(Ordering::Relaxed) {
-            keeper.save(learner)?;
-            return Ok(Finished::Stopped { at: keeper.step() });
+            return Err(Error::Cancelled("the training was asked to stop".into()));
         }
         let (step, started) = (keeper.step(), Instant::now());
         let first = step * config.sft.batch_size as u64;
-        let episodes = prepare(first..first + config.sft.batch_size as u64, &episode)?;
+        let episodes = prepare(first..first + config.sft.batch_size as u64, episode)?;
         let micros = supervised(&episodes, config.optim.micro_batch_tokens);
         let lr = schedule.lr(step);
         let (stats, update) = learner.update(&micros, Goal::Nll, None, lr)?;
@@ -42,14 +61,14 @@ pub fn sft(
             ("sft/loss", stats.loss.iter().map(|&l| f64::from(l)).sum::<f64>() / n),
             ("policy/entropy", stats.entropy.iter().map(|&l| f64::from(l)).sum::<f64>() / n),
             ("optim/grad_norm", update.grad_norm.into()),
+            ("optim/skipped", f64::from(u8::from(!update.applied))),
             ("optim/lr", lr),
             ("speed/train_s", started.elapsed().as_secs_f64()),
         ];
         keeper.log(step, &metrics, Phase::Train, &[])?;
         keeper.completed(learner)?;
     }
-    keeper.save(learner)?;
-    Ok(Finished::Complete)
+    Ok(())
 }
 
 /// The episodes with these numbers, in order, made on several threads: each waits for its images, or for its tool.
