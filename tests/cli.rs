@@ -179,9 +179,10 @@ fn inspect_names_what_it_cannot_read() {
 }
 
 /// Keys that make the synthetic task and its episodes small.
-const SMALL: [&str; 12] = [
+const SMALL: [&str; 13] = [
     "task.synthetic.content=[\"digits\"]",
     "task.synthetic.digits=[2, 2]",
+    "task.synthetic.pairs=0.0",
     "task.synthetic.degradations=[\"dark\", \"none\"]",
     "task.synthetic.width=[56, 84]",
     "task.synthetic.height=[56, 56]",
