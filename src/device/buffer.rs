@@ -1,4 +1,4 @@
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 use std::sync::{
     Arc,
@@ -82,14 +82,23 @@ impl Buffer {
         let bytes = (len * dtype.size()).max(1).next_multiple_of(ALIGN);
         let align = if bytes >= HUGE { HUGE } else { ALIGN };
         let layout = Layout::from_size_align(bytes, align).expect("a buffer of at most isize::MAX bytes");
-        // SAFETY: the layout has a non-zero size.
-        let raw = unsafe { alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(raw) else { handle_alloc_error(layout) };
-        #[cfg(target_os = "linux")]
-        if bytes >= HUGE {
+        let fail = || handle_alloc_error(layout);
+        let ptr = if bytes >= HUGE {
+            // SAFETY: the layout has a non-zero size.
+            let ptr = NonNull::new(unsafe { alloc(layout) }).unwrap_or_else(|| fail());
+            // Before the first touch: a page that is there already stays as small as it is.
+            #[cfg(target_os = "linux")]
             // SAFETY: advice on memory that we own; failure is harmless.
-            unsafe { libc::madvise(ptr.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
-        }
+            unsafe {
+                libc::madvise(ptr.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE)
+            };
+            // SAFETY: `bytes` bytes that we own.
+            unsafe { ptr.as_ptr().write_bytes(0, bytes) };
+            ptr
+        } else {
+            // SAFETY: as above.
+            NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(|| fail())
+        };
         gauge.fetch_add(bytes, Ordering::Relaxed);
         Buffer { storage: Arc::new(Storage { ptr, layout, gauge }), offset: 0, len, dtype }
     }

@@ -2,7 +2,7 @@
 
 use super::KV_CUT;
 use super::kernels::{Exponent, Product};
-use super::tiles::{Call, PAGES, Tile, with_scratch};
+use super::tiles::{Call, PAGES, Source, Tile, with_scratch};
 use crate::device::{Pool, SendPtr};
 use crate::ops::kv_cache::BLOCK;
 
@@ -88,7 +88,8 @@ impl Forward<'_> {
                 self.load(t, rest);
                 self.clear(t, &total);
                 for cut in 0..self.cuts(t) {
-                    self.cut(t, cut, rest, &one);
+                    let next = if cut + 1 < self.cuts(t) { self.first_key(t, cut + 1) } else { std::ptr::null() };
+                    self.cut(t, cut, rest, &one, next);
                     self.combine(t, cut, &total, &one);
                 }
                 self.finish(t, &total);
@@ -113,7 +114,7 @@ impl Forward<'_> {
                 // SAFETY: as above.
                 with_scratch(self.scratch(), |p| unsafe {
                     self.load(t, p);
-                    self.cut(t, cut, p, &part(i, cut, t));
+                    self.cut(t, cut, p, &part(i, cut, t), std::ptr::null());
                 });
             }
         });
@@ -147,8 +148,20 @@ impl Forward<'_> {
         }
     }
 
-    /// One cut of a tile, from nothing.
-    unsafe fn cut(&self, t: &Tile, cut: usize, scratch: *mut f32, to: &State) {
+    /// Where the keys of a cut begin, as far as they lie in pages.
+    fn first_key(&self, t: &Tile, cut: usize) -> *const f32 {
+        let h = &self.call.heads;
+        match self.call.source {
+            Source::Pages { k, .. } => {
+                let page = self.call.source.page(t.s, cut * PAGES);
+                k.as_ptr().wrapping_add((page * h.hkv + t.head) * h.hd * BLOCK)
+            }
+            Source::Rows { .. } => std::ptr::null(),
+        }
+    }
+
+    /// One cut of a tile, from nothing. `next`: what is read after it, or null.
+    unsafe fn cut(&self, t: &Tile, cut: usize, scratch: *mut f32, to: &State, next: *const f32) {
         let Call { kernels, heads: h, segments, source } = &self.call;
         let (seg, rows) = (&segments[t.s], t.rows(h));
         // SAFETY: the scratch is cut into disjoint parts (queries, scores, limits, packed keys); the rest by contract.
@@ -172,6 +185,7 @@ impl Forward<'_> {
                     b: &view.keys[page],
                     block: h.hd,
                     b_row: BLOCK,
+                    next: view.keys.get(page + 1).copied().filter(|k| !k.is_null()).unwrap_or(view.values[0]),
                     k: h.hd,
                     limits: std::ptr::null(),
                     c: scores.add(r * KV_CUT + page * BLOCK),
@@ -197,6 +211,7 @@ impl Forward<'_> {
                 b: view.values.as_ptr(),
                 block: BLOCK,
                 b_row: h.padded,
+                next,
                 k: KV_CUT,
                 limits: limits.as_ptr().add(first),
                 c: to.out.add(first * h.padded),

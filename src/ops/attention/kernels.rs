@@ -4,7 +4,7 @@
 //! rows are padded to whole vectors. The functions here are compiled once for each instruction set and reached through
 //! a table, so that the code above is written once.
 
-use super::vector::{LANES, Portable, Simd, exp2};
+use super::vector::{LANES, Portable, Simd, exp2, prefetch};
 use std::sync::OnceLock;
 
 /// `C (+)= A B`, with A read by broadcast and B and C in vectors of columns.
@@ -22,6 +22,8 @@ pub(super) struct Product {
     pub b: *const *const f32,
     pub block: usize,
     pub b_row: usize,
+    /// What is read after the last block: fetched into the cache meanwhile. May be null.
+    pub next: *const f32,
     /// Length of the chains. With `limits`, row i needs only `limits[i] <= k` steps: later ones would multiply by zero.
     pub k: usize,
     /// Ascending, `m` of them, or null.
@@ -75,10 +77,13 @@ unsafe fn tile<S: Simd, const M: usize, const N: usize>(p: &Product, i: usize, j
         while left > 0 {
             let mut b = (*blocks).add(j);
             let steps = left.min(p.block);
+            // Pages lie anywhere in memory: without this each would begin with a wait.
+            let mut ahead = if left > steps { *blocks.add(1) } else { p.next }.wrapping_add(j);
             for _ in 0..steps {
                 let mut row = [S::splat(0.0); N];
                 for (n, v) in row.iter_mut().enumerate() {
                     *v = S::load(b.add(n * LANES));
+                    prefetch(ahead.wrapping_add(n * LANES));
                 }
                 for (m, acc) in acc.iter_mut().enumerate() {
                     let x = S::splat(*a.add(m * p.a_row));
@@ -87,6 +92,7 @@ unsafe fn tile<S: Simd, const M: usize, const N: usize>(p: &Product, i: usize, j
                     }
                 }
                 b = b.add(p.b_row);
+                ahead = ahead.wrapping_add(p.b_row);
                 a = a.add(p.a_col);
             }
             left -= steps;
@@ -108,15 +114,16 @@ unsafe fn columns<S: Simd, const N: usize>(p: &Product, j: usize) {
     let mut i = 0;
     while i < p.m {
         let left = p.m - i;
-        let rows = [12, 8, 6, 4, 2].into_iter().find(|&r| r <= left && r <= S::TILE.0).unwrap_or(1);
+        let most = if N > 2 { 4 } else { S::TILE.0 };
+        let rows = [12, 8, 6, 4, 2].into_iter().find(|&r| r <= left && r <= most).unwrap_or(1);
         // SAFETY: by contract; `limits` has `m` entries.
         unsafe {
             // The last row of the tile needs the most keys; for the others the rest is multiplied by zero.
             let k = if p.limits.is_null() { p.k } else { *p.limits.add(i + rows - 1) as usize };
             match rows {
-                12 if S::TILE.0 >= 12 => tile::<S, 12, N>(p, i, j, k),
-                8 if S::TILE.0 >= 8 => tile::<S, 8, N>(p, i, j, k),
-                6 => tile::<S, 6, N>(p, i, j, k),
+                12 if S::TILE.0 >= 12 && N <= 2 => tile::<S, 12, N>(p, i, j, k),
+                8 if S::TILE.0 >= 8 && N <= 2 => tile::<S, 8, N>(p, i, j, k),
+                6 if N <= 2 => tile::<S, 6, N>(p, i, j, k),
                 4 => tile::<S, 4, N>(p, i, j, k),
                 2 => tile::<S, 2, N>(p, i, j, k),
                 _ => tile::<S, 1, N>(p, i, j, k),
@@ -134,7 +141,11 @@ unsafe fn product<S: Simd>(p: &Product) {
     while j < p.n {
         // SAFETY: by contract.
         unsafe {
-            if S::TILE.1 == 2 && p.n - j >= 2 * LANES {
+            if S::TILE.1 == 2 && p.m <= 4 && p.n - j >= 4 * LANES {
+                // One pass over whole rows of B, and enough accumulators for the latency of the multiply-add.
+                columns::<S, 4>(p, j);
+                j += 4 * LANES;
+            } else if S::TILE.1 == 2 && p.n - j >= 2 * LANES {
                 columns::<S, 2>(p, j);
                 j += 2 * LANES;
             } else {

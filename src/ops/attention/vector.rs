@@ -38,6 +38,20 @@ pub(super) trait Simd {
     unsafe fn largest(a: Self::V) -> f32;
 }
 
+/// Asks for the cache line at `p`, which may be any address at all, in the second-level cache: a request for the first
+/// level holds one of the few places for its misses until memory answers (measured: 22 GB/s of pages, and 37 with this).
+#[inline(always)]
+pub(super) fn prefetch(p: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which never faults.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 /// `2^x` to 1 ulp; 0 below `2^-126` (there are no denormal results), NaN for NaN. For `x < 128`.
 ///
 /// `2^x = 2^n * (1 + f q(f))` with `n` the nearest integer and `|f| <= 1/2`: the product with `2^n` is exact, and

