@@ -28,7 +28,7 @@ pub(super) struct Args {
 }
 
 /// The first 512 tokens of Qwen2.5's vocabulary (Apache-2.0) and its control tokens, for the `tiny` preset.
-const TINY_TOKENIZER: &[u8] = include_bytes!("tiny/tokenizer.json");
+pub(super) const TINY_TOKENIZER: &[u8] = include_bytes!("tiny/tokenizer.json");
 
 pub(super) fn run(args: &Args) -> Result<()> {
     if args.dir.join("config.json").exists() && !args.force {

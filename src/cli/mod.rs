@@ -16,6 +16,7 @@ mod doctor;
 mod eval;
 mod init;
 mod inspect;
+mod quickstart;
 mod records;
 mod report;
 mod rollout;
@@ -33,7 +34,7 @@ use std::process::ExitCode;
     name = "varft",
     version,
     about = "Fine-tunes Qwen2.5-VL into an agent that uses tools, and runs it",
-    after_help = "Examples:\n  varft doctor                  is this machine ready?\n  varft init tiny models/tiny   a small random model\n  \
+    after_help = "Examples:\n  varft quickstart              the main job on a tiny model, in minutes\n  varft doctor                  is this machine ready?\n  varft init tiny models/tiny   a small random model\n  \
                   varft report runs/mine        one page of a run, to open in a browser\n\nEach command explains itself: varft COMMAND --help"
 )]
 struct Cli {
@@ -43,6 +44,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Quickstart(quickstart::Args),
     Init(init::Args),
     Sft(sft::Args),
     Train(train::Args),
@@ -57,6 +59,7 @@ enum Command {
 /// Reads the command line, runs the command, prints its error if it has one.
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
+        Command::Quickstart(args) => quickstart::run(&args),
         Command::Init(args) => init::run(&args),
         Command::Sft(args) => sft::run(&args),
         Command::Train(args) => train::run(&args),

@@ -31,13 +31,21 @@ impl RunConfig {
     /// [`Error::Io`] when the file cannot be read; [`Error::Input`] naming file, line and key of a key that does not
     /// exist (with the nearest that does) or a value that does not fit, or the override.
     pub fn read(file: Option<&Path>, overrides: &[String]) -> Result<RunConfig> {
-        let mut table = match file {
+        match file {
             Some(path) => {
                 let text = std::fs::read_to_string(path).map_err(|e| Error::io("read the run file", path, e))?;
-                parse(&text, &path.display().to_string())?
+                RunConfig::read_text(&text, &path.display().to_string(), overrides)
             }
-            None => Table::new(),
-        };
+            None => RunConfig::read_text("", "the run file", overrides),
+        }
+    }
+
+    /// [`read`](Self::read) for a run file that is at hand as text; `name` stands for it in errors.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_text(text: &str, name: &str, overrides: &[String]) -> Result<RunConfig> {
+        let mut table = parse(text, name)?;
         let mut config: RunConfig = from_table(&table, "the run file")?;
         let schema = schema()?;
         for text in overrides {

@@ -1,0 +1,149 @@
+//! The main job on an embedded default: a tiny model that can read and keeps the format, but repairs images at random, learns
+//! by GRPO which repair an image needs.
+
+mod warm;
+
+use super::session::{CONFIG_FILE, stop_on_signal};
+use super::setup::{Loaded, episode_options, held_out_examples};
+use crate::agent::Rollouts;
+use crate::model::write_atomically;
+use crate::train::RunConfig;
+use crate::train::checkpoint::TrainState;
+use crate::train::grpo::{self, Finished};
+use crate::train::learner::Learner;
+use crate::train::run::{Keeper, Scores, eval_options, evaluate};
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// The run file of the quickstart.
+const RUN: &str = include_str!("run.toml");
+
+/// Run the main job on a tiny model: measure, train by GRPO with real tools, measure again, show
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  varft quickstart\n  varft quickstart --seed 1 --out runs/second\n\n\
+                        It takes a tiny Qwen2.5-VL that ships with this program, asks it 300 questions about damaged images, trains it \
+                        while it repairs such images with real Python/OpenCV, asks again, and asks once more with the repaired images \
+                        withheld. Everything lies in the run's folder; open report.html there.\n\n\
+                        The same by hand: varft train RUN/config.toml --set run.name=mine")]
+pub(super) struct Args {
+    /// The run's folder; what an earlier quickstart wrote there is replaced
+    #[arg(long, value_name = "DIR", default_value = "runs/quickstart")]
+    out: PathBuf,
+    /// Decides what is sampled and the order of the questions
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// A shortened one, to see that everything works: it learns next to nothing
+    #[arg(long)]
+    smoke: bool,
+    /// Sets one key of the run file; may be repeated
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Makes the tiny model anew by supervised training, and writes it to this folder; nothing else
+    #[arg(long, value_name = "DIR")]
+    remake_warm_start: Option<PathBuf>,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let mut overrides = args.overrides.clone();
+    if args.smoke {
+        overrides.extend(
+            ["optim.steps=3", "rollout.prompts=4", "rollout.group_size=4", "task.eval_items=24"].map(String::from),
+        );
+    }
+    let mut config = RunConfig::read_text(RUN, "the quickstart's run file", &overrides)?;
+    config.run.seed = args.seed;
+    if let Some(dir) = &args.remake_warm_start {
+        return warm::remake(&config, dir);
+    }
+    let out = std::path::absolute(&args.out).map_err(|e| Error::io("find", &args.out, e))?;
+    let (Some(parent), Some(name)) = (out.parent(), out.file_name()) else {
+        return Err(Error::input(format!("{}: not a folder's name", args.out.display()), "give --out another name"));
+    };
+    config.run.dir = parent.display().to_string();
+    config.run.name = name.to_string_lossy().into_owned();
+    let model = out.join("warm-start");
+    config.model.path = model.display().to_string();
+    config.check()?;
+    clear(&out)?;
+    warm::unpack(&model)?;
+    let config_file = out.join(CONFIG_FILE);
+    let text = config.to_toml()?;
+    write_atomically(&config_file, |f| f.write_all(text.as_bytes()).map_err(|e| Error::io("write", &config_file, e)))?;
+
+    let started = Instant::now();
+    let stop = stop_on_signal()?;
+    let loaded = Loaded::new(&config, None)?;
+    let mut setup = loaded.setup(&config, &stop)?;
+    setup.eval = held_out_examples(&config)?;
+    println!(
+        "a Qwen2.5-VL of {:.1} M parameters, {} held-out questions, {} steps of {} x {} episodes",
+        loaded.model.params.count() as f64 / 1e6,
+        setup.eval.len(),
+        config.optim.steps,
+        config.rollout.prompts,
+        config.rollout.group_size
+    );
+    let measure = |withheld: bool| -> Result<Scores> {
+        let mut options = eval_options(&episode_options(&config), &config);
+        options.withhold_images = withheld;
+        let rollouts = Rollouts { options, ..setup.rollouts.clone() };
+        Ok(evaluate(&rollouts, &setup.eval, config.run.seed, |_, _| ())?.0)
+    };
+    let before = measure(false)?;
+    print_scores("before training", &before);
+    let before_withheld = measure(true)?;
+    let mut learner = Learner::new(loaded.model.clone(), &config.optim, setup.engine.forbidden());
+    let state = TrainState { kind: "train".into(), step: 0, updates: 0, seed: config.run.seed };
+    let mut keeper = Keeper::open(&out, &config, state, loaded.tokenizer.clone(), loaded.companions.clone())?;
+    let finished = grpo::train(&config, &setup, &mut learner, None, &mut keeper)?;
+    drop(keeper);
+    if let Finished::Stopped { at } = finished {
+        crate::report::write(&out)?;
+        return Err(Error::Cancelled(format!(
+            "stopped after step {at}, which is saved\n  to go on: varft train {} --resume",
+            out.display()
+        )));
+    }
+    let after = measure(false)?;
+    let after_withheld = measure(true)?;
+    let report = crate::report::write(&out)?;
+    let rows = [("before", &before, &before_withheld), ("after", &after, &after_withheld)];
+    println!(
+        "\n| {} held-out questions | F1 | exact match | format | tool calls | F1 with the tool's images withheld |",
+        after.episodes
+    );
+    println!("|---|---|---|---|---|---|");
+    for (name, seen, withheld) in rows {
+        println!(
+            "| {name} | {:.1} | {:.1} | {:.1}% | {:.2} | {:.1} |",
+            100.0 * seen.f1,
+            100.0 * seen.em,
+            100.0 * seen.format,
+            seen.tool_calls,
+            100.0 * withheld.f1
+        );
+    }
+    println!("\nin {:.0} s\nreport  {}", started.elapsed().as_secs_f64(), report.display());
+    Ok(())
+}
+
+fn print_scores(what: &str, s: &Scores) {
+    println!("{what}: F1 {:.1}, exact match {:.1}, format {:.1}%", 100.0 * s.f1, 100.0 * s.em, 100.0 * s.format);
+}
+
+/// Removes what an earlier quickstart left in `dir`, and nothing that is not one.
+fn clear(dir: &Path) -> Result<()> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    let failed = |e| Error::io("replace the earlier run in", dir, e);
+    let empty = dir.read_dir().map_err(failed)?.next().is_none();
+    if !empty && !dir.join("warm-start").is_dir() {
+        return Err(Error::input(
+            format!("{}: this folder holds something that is no quickstart", dir.display()),
+            "give --out another folder",
+        ));
+    }
+    std::fs::remove_dir_all(dir).map_err(failed)
+}
