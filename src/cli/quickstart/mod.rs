@@ -4,9 +4,10 @@
 mod warm;
 
 use super::session::{CONFIG_FILE, stop_on_signal};
-use super::setup::{Loaded, episode_options, held_out_examples};
+use super::setup::{Loaded, episode_options};
 use crate::agent::Rollouts;
 use crate::model::write_atomically;
+use crate::report::{Record, read_metrics};
 use crate::train::RunConfig;
 use crate::train::checkpoint::TrainState;
 use crate::train::grpo::{self, Finished};
@@ -74,8 +75,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let started = Instant::now();
     let stop = stop_on_signal()?;
     let loaded = Loaded::new(&config, None)?;
-    let mut setup = loaded.setup(&config, &stop)?;
-    setup.eval = held_out_examples(&config)?;
+    let setup = loaded.setup(&config, &stop)?;
     println!(
         "a Qwen2.5-VL of {:.1} M parameters, {} held-out questions, {} steps of {} x {} episodes",
         loaded.model.params.count() as f64 / 1e6,
@@ -84,15 +84,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
         config.rollout.prompts,
         config.rollout.group_size
     );
-    let measure = |withheld: bool| -> Result<Scores> {
+    let withheld = || -> Result<Scores> {
         let mut options = eval_options(&episode_options(&config), &config);
-        options.withhold_images = withheld;
+        options.withhold_images = true;
         let rollouts = Rollouts { options, ..setup.rollouts.clone() };
         Ok(evaluate(&rollouts, &setup.eval, config.run.seed, |_, _| ())?.0)
     };
-    let before = measure(false)?;
-    print_scores("before training", &before);
-    let before_withheld = measure(true)?;
+    let blind_before = withheld()?;
     let mut learner = Learner::new(loaded.model.clone(), &config.optim, setup.engine.forbidden());
     let state = TrainState { kind: "train".into(), step: 0, updates: 0, seed: config.run.seed };
     let mut keeper = Keeper::open(&out, &config, state, loaded.tokenizer.clone(), loaded.companions.clone())?;
@@ -105,31 +103,35 @@ pub(super) fn run(args: &Args) -> Result<()> {
             out.display()
         )));
     }
-    let after = measure(false)?;
-    let after_withheld = measure(true)?;
+    let blind_after = withheld()?;
     let report = crate::report::write(&out)?;
-    let rows = [("before", &before, &before_withheld), ("after", &after, &after_withheld)];
     println!(
-        "\n| {} held-out questions | F1 | exact match | format | tool calls | F1 with the tool's images withheld |",
-        after.episodes
+        "\n| {} held-out questions | F1 | exact match | format | F1 with the tool's images withheld |",
+        setup.eval.len()
     );
-    println!("|---|---|---|---|---|---|");
-    for (name, seen, withheld) in rows {
+    println!("|---|---|---|---|---|");
+    let measured: Vec<Record> =
+        read_metrics(&out)?.into_iter().filter(|r| r.values.iter().any(|(name, _)| name == "eval/f1")).collect();
+    for (name, record, blind) in [("before", measured.first(), &blind_before), ("after", measured.last(), &blind_after)]
+    {
+        let percent = |figure: &str| {
+            let value = record.and_then(|r| r.values.iter().find(|(name, _)| name == figure)).map_or(f64::NAN, |v| v.1);
+            format!("{:.1}%", 100.0 * value)
+        };
         println!(
-            "| {name} | {:.1} | {:.1} | {:.1}% | {:.2} | {:.1} |",
-            100.0 * seen.f1,
-            100.0 * seen.em,
-            100.0 * seen.format,
-            seen.tool_calls,
-            100.0 * withheld.f1
+            "| {name} | {} | {} | {} | {:.1}% |",
+            percent("eval/f1"),
+            percent("eval/em"),
+            percent("eval/format"),
+            100.0 * blind.f1
         );
     }
-    println!("\nin {:.0} s\nreport  {}", started.elapsed().as_secs_f64(), report.display());
+    println!("\nin {:.0} s\nreport      {}", started.elapsed().as_secs_f64(), report.display());
+    println!(
+        "talk to it  varft chat {}",
+        out.join("checkpoints").join(format!("step-{}", config.optim.steps)).display()
+    );
     Ok(())
-}
-
-fn print_scores(what: &str, s: &Scores) {
-    println!("{what}: F1 {:.1}, exact match {:.1}, format {:.1}%", 100.0 * s.f1, 100.0 * s.em, 100.0 * s.format);
 }
 
 /// Removes what an earlier quickstart left in `dir`, and nothing that is not one.

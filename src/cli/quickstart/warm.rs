@@ -50,8 +50,8 @@ fn shape() -> Config {
     c
 }
 
-/// Of so many episodes one teaches the format, the others reading.
-const FORMAT_EVERY: u64 = 4;
+/// Of so many lessons one teaches the format, the others reading.
+const FORMAT_EVERY: u64 = 2;
 
 /// Trains the warm start from random weights and writes it to `dir`.
 pub(super) fn remake(config: &RunConfig, dir: &Path) -> Result<()> {
