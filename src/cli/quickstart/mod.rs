@@ -76,7 +76,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let stop = stop_on_signal()?;
     let loaded = Loaded::new(&config, None)?;
     let setup = loaded.setup(&config, &stop)?;
-    println!(
+    say!(
         "a Qwen2.5-VL of {:.1} M parameters, {} held-out questions, {} steps of {} x {} episodes",
         loaded.model.params.count() as f64 / 1e6,
         setup.eval.len(),
@@ -105,11 +105,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let blind_after = withheld()?;
     let report = crate::report::write(&out)?;
-    println!(
+    say!(
         "\n| {} held-out questions | F1 | exact match | format | F1 with the tool's images withheld |",
         setup.eval.len()
     );
-    println!("|---|---|---|---|---|");
+    say!("|---|---|---|---|---|");
     let measured: Vec<Record> =
         read_metrics(&out)?.into_iter().filter(|r| r.values.iter().any(|(name, _)| name == "eval/f1")).collect();
     for (name, record, blind) in [("before", measured.first(), &blind_before), ("after", measured.last(), &blind_after)]
@@ -118,7 +118,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             let value = record.and_then(|r| r.values.iter().find(|(name, _)| name == figure)).map_or(f64::NAN, |v| v.1);
             format!("{:.1}%", 100.0 * value)
         };
-        println!(
+        say!(
             "| {name} | {} | {} | {} | {:.1}% |",
             percent("eval/f1"),
             percent("eval/em"),
@@ -126,11 +126,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
             100.0 * blind.f1
         );
     }
-    println!("\nin {:.0} s\nreport      {}", started.elapsed().as_secs_f64(), report.display());
-    println!(
-        "talk to it  varft chat {}",
-        out.join("checkpoints").join(format!("step-{}", config.optim.steps)).display()
-    );
+    say!("\nin {:.0} s\nreport      {}", started.elapsed().as_secs_f64(), report.display());
+    say!("talk to it  varft chat {}", out.join("checkpoints").join(format!("step-{}", config.optim.steps)).display());
     Ok(())
 }
 

@@ -1,9 +1,10 @@
 //! The warm start: what the tiny model knows before it learns anything by reinforcement.
 //!
 //! It is taught two things by examples, apart from each other. To *keep the format*: to name a problem and give the code that
-//! belongs to it, where the problem is drawn by lot and has nothing to do with the image. To *read*: to answer from an image
-//! that was repaired as it needed, where the choice of the repair is hidden from the loss. So it can read what is
-//! repaired, and repairs at random; which repair an image needs is left for it to find out.
+//! belongs to it, where the problem is drawn by lot and has nothing to do with the image, and to answer with some number where that
+//! left the image unreadable. To *read*: to answer from an image that was repaired as it needed, where the choice of the
+//! repair is hidden from the loss. So it can read what is repaired, and repairs at random; which repair an image needs is
+//! left for it to find out.
 
 use super::super::init::TINY_TOKENIZER;
 use super::super::setup::{episode_options, preprocessor, python, see, training_examples};
@@ -81,12 +82,12 @@ pub(super) fn remake(config: &RunConfig, dir: &Path) -> Result<()> {
     }
     progress.finish();
     model.save(learner.stream(), dir, &SaveOptions { dtype: DType::BF16, ..SaveOptions::default() })?;
-    println!("{}: the warm start, {} steps of {batch} episodes", dir.display(), optim.steps);
+    say!("{}: the warm start, {} steps of {batch} episodes", dir.display(), optim.steps);
     Ok(())
 }
 
 /// Steps of supervised training.
-const STEPS: u64 = 600;
+const STEPS: u64 = 800;
 
 /// What lessons are made with.
 struct School {
@@ -130,20 +131,25 @@ impl School {
 
     fn lesson(&self, number: u64) -> Result<Trajectory> {
         let example = self.examples.get(number % self.examples.len())?;
-        let about_format = number.is_multiple_of(FORMAT_EVERY);
-        let kind = match about_format {
-            // The numbers of format lessons ascend by a constant, so taking turns is as good as a lot: examples are drawn.
-            true => self.kinds[(number / FORMAT_EVERY) as usize % self.kinds.len()],
-            false => example.kinds[0],
+        if !number.is_multiple_of(FORMAT_EVERY) {
+            let mut episode = self.play(example.kinds[0], &example.answers[0], example.clone(), number)?;
+            let choice = episode.steps[0].tokens.clone();
+            episode.authors[choice].fill(Author::Tool);
+            return Ok(episode);
+        }
+        // Examples are drawn at random, so taking turns is as good as a lot, and another one's answer is any number.
+        let kind = self.kinds[(number / FORMAT_EVERY) as usize % self.kinds.len()];
+        let answer = match kind == example.kinds[0] {
+            true => example.answers[0].clone(),
+            false => self.examples.get((number + 1) % self.examples.len())?.answers[0].clone(),
         };
-        let lines = vec![repair_turn(kind), format!("<answer>{}</answer>", example.answers[0])];
-        let mut episode = self.play(lines, example, number)?;
-        let hidden = episode.steps[usize::from(about_format)].tokens.clone();
-        episode.authors[hidden].fill(Author::Tool);
-        Ok(episode)
+        self.play(kind, &answer, example, number)
     }
 
-    fn play(&self, lines: Vec<String>, example: Arc<Example>, number: u64) -> Result<Trajectory> {
+    /// The episode in which the image is repaired as if it were damaged by `kind`, and then answered.
+    fn play(&self, kind: Degradation, answer: &str, example: Arc<Example>, number: u64) -> Result<Trajectory> {
+        let repair = format!("<problem>{{'{kind}'}}</problem><code>```python\n{}\n```</code>", synthetic::repair(kind));
+        let lines = vec![repair, format!("<answer>{answer}</answer>")];
         let (tokenizer, template) = (self.tokenizer.clone(), self.template.clone());
         let policy = Arc::new(ScriptedPolicy { tokenizer, template, lines });
         let job = Job { example, group: number, samples: 1 };
@@ -155,9 +161,4 @@ impl School {
             _ => Err(Error::internal(format!("a lesson that is not one: {:?}", episode.steps))),
         }
     }
-}
-
-/// The turn that repairs an image as if it were damaged by `kind`.
-fn repair_turn(kind: Degradation) -> String {
-    format!("<problem>{{'{kind}'}}</problem><code>```python\n{}\n```</code>", synthetic::repair(kind))
 }
