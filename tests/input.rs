@@ -577,7 +577,10 @@ fn templates_come_from_the_model_folder() {
 #[test]
 fn what_threads_share_can_be_shared() {
     fn shared<T: Send + Sync>() {}
-    (shared::<Tokenizer>(), shared::<ChatTemplate>(), shared::<Preprocessor>(), shared::<Prompt>());
+    shared::<Tokenizer>();
+    shared::<ChatTemplate>();
+    shared::<Preprocessor>();
+    shared::<Prompt>();
     fn sent<T: Send>() {}
     sent::<ImageHandle>();
 }

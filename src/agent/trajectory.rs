@@ -47,7 +47,7 @@ pub struct ToolUse {
 pub struct Step {
     /// What the model wrote.
     pub text: String,
-    /// Its tokens, as a range of [`Trajectory::tokens`].
+    /// Its tokens, as a range of [`Trajectory::sequence`].
     pub tokens: std::ops::Range<usize>,
     /// What `<problem>` named.
     pub problem: Vec<String>,

@@ -85,7 +85,7 @@ impl Buffer {
         let fail = || handle_alloc_error(layout);
         let ptr = if bytes >= HUGE {
             // SAFETY: the layout has a non-zero size.
-            let ptr = NonNull::new(unsafe { alloc(layout) }).unwrap_or_else(|| fail());
+            let ptr = NonNull::new(unsafe { alloc(layout) }).unwrap_or_else(fail);
             // Before the first touch: a page that is there already stays as small as it is.
             #[cfg(target_os = "linux")]
             // SAFETY: advice on memory that we own; failure is harmless.
@@ -97,7 +97,7 @@ impl Buffer {
             ptr
         } else {
             // SAFETY: as above.
-            NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(|| fail())
+            NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(fail)
         };
         gauge.fetch_add(bytes, Ordering::Relaxed);
         Buffer { storage: Arc::new(Storage { ptr, layout, gauge }), offset: 0, len, dtype }

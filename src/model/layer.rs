@@ -46,11 +46,11 @@ impl LayerShape {
     pub fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }
-    /// f32 values per row that [`LayerActs::new`] allocates.
+    /// f32 values per row that `LayerActs::new` allocates.
     pub fn kept_values(&self) -> usize {
         3 * self.hidden + self.qkv_width() + self.q_width() + self.heads + 3 * self.intermediate
     }
-    /// f32 values per row that [`LayerGrads::new`] allocates.
+    /// f32 values per row that `LayerGrads::new` allocates.
     pub fn grad_values(&self) -> usize {
         self.hidden + self.qkv_width() + self.q_width() + 3 * self.intermediate
     }

@@ -175,9 +175,8 @@ impl Checkpoint {
         }
         let extra = self.tensors.iter().find(|(hub, _)| {
             // A tied checkpoint may carry its head all the same, and old ones carry the rotary frequencies.
-            !wanted.contains(*hub)
-                && !(config.tie_word_embeddings && *hub == "lm_head.weight")
-                && !hub.ends_with(".inv_freq")
+            let tolerated = (config.tie_word_embeddings && *hub == "lm_head.weight") || hub.ends_with(".inv_freq");
+            !wanted.contains(*hub) && !tolerated
         });
         if let Some((_, (i, name))) = extra {
             return Err(Error::input(

@@ -138,7 +138,7 @@ pub fn write(
     }
 }
 
-/// Reads the keys and values of `t` tokens from their pages into rows: the inverse of [`write`], for gradients.
+/// Reads the keys and values of `t` tokens from their pages into rows: the inverse of [`write()`], for gradients.
 ///
 /// Only the columns of keys and values are written.
 pub fn gather(

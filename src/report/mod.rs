@@ -9,7 +9,7 @@
 //! | `trajectories/PHASE-STEP.jsonl` | [`TrajectoryStore`] | one [`view::EpisodeView`] per line |
 //! | `trajectories/images/HASH.png` | [`TrajectoryStore`] | every image once, named by its content |
 //!
-//! [`write`] makes `report.html` from that folder alone, at any time, also after a crash or on another machine: one
+//! [`write()`] makes `report.html` from that folder alone, at any time, also after a crash or on another machine: one
 //! file that opens offline. Nothing in it is trusted: model output, tool output and questions are escaped, control
 //! characters are made visible, and a content security policy forbids any script but the page's own.
 

@@ -33,10 +33,10 @@ pub fn write(run_dir: &Path) -> Result<PathBuf> {
     write_with(run_dir, &Limits::default())
 }
 
-/// [`write`] with other limits.
+/// [`write()`] with other limits.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_with(run_dir: &Path, limits: &Limits) -> Result<PathBuf> {
     if !["metrics.jsonl", "trajectories", "config.toml"].iter().any(|f| run_dir.join(f).exists()) {
         return Err(Error::input(

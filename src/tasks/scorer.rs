@@ -2,7 +2,7 @@
 //!
 //! Two scorers, which agree on most answers and differ where the published one is odd:
 //!
-//! | | [`reference`] | [`squad`] |
+//! | | [`reference()`] | [`squad`] |
 //! |---|---|---|
 //! | overlap | of sets, over the lengths of the lists: a repeated word costs credit even in a right answer | of multisets |
 //! | EM overrides F1 | yes (its set F1 of a right answer can be below 1) | not needed |
@@ -18,7 +18,7 @@ pub enum Scorer {
     /// [`squad`]
     #[default]
     Squad,
-    /// [`reference`], for comparison with published figures.
+    /// [`reference()`], for comparison with published figures.
     Reference,
 }
 

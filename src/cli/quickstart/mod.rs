@@ -54,6 +54,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let mut config = RunConfig::read_text(RUN, "the quickstart's run file", &overrides)?;
     config.run.seed = args.seed;
+    if config.log.eval_every == 0 {
+        // Before and after is what this command is about.
+        config.log.eval_every = config.optim.steps.max(1);
+    }
     if let Some(dir) = &args.remake_warm_start {
         return warm::remake(&config, dir);
     }

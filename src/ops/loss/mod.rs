@@ -5,7 +5,7 @@
 //! of a prompt that a whole group shares) goes through once.
 //!
 //! With x the logits of an entry's row, T its temperature and y its target, over the ids that are not forbidden:
-//! `logp = x_y / T - ln(sum exp(x_j / T))`, taken from [`softmax`](super::softmax) as the sampler's is. The total loss is
+//! `logp = x_y / T - ln(sum exp(x_j / T))`, taken from [`softmax`] as the sampler's is. The total loss is
 //! `sum over entries of weight * loss`, with, per entry,
 //!
 //! - [`Objective::Nll`]: `loss = -logp`;
