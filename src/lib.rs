@@ -17,6 +17,15 @@
 //! | [`cli`] | the commands of the `varft` binary |
 
 mod error;
+
+/// `eprintln!` for a terminal that may be gone: what is said in passing must not end a run.
+macro_rules! note {
+    ($($what:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($what)*);
+    }};
+}
+
 pub use error::{Error, Result};
 
 pub mod device;

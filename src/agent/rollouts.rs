@@ -7,6 +7,7 @@ use crate::tasks::Example;
 use crate::tools::Tool;
 use crate::{Error, Result};
 use image::RgbImage;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -172,7 +173,9 @@ impl Rollouts {
                 q.opening += 1;
                 drop(q);
                 // The first conversation of a group computes the prompt; meanwhile other threads open theirs.
-                let opened = self.open(job, job.samples);
+                // A panic here would leave the others waiting for ever.
+                let opened = catch_unwind(AssertUnwindSafe(|| self.open(job, job.samples)))
+                    .unwrap_or_else(|_| Err(Error::internal("opening a conversation panicked")));
                 q = queue.lock();
                 q.opening -= 1;
                 match opened {

@@ -35,7 +35,7 @@ impl ModelArgs {
             Some(dir) if dir.is_dir() => {
                 let mut config = RunConfig::read(Some(&super::session::config_file(dir)?), &self.overrides)?;
                 let (newest, notes) = Checkpoints::new(dir, 0).latest()?;
-                notes.iter().for_each(|n| eprintln!("{n}"));
+                notes.iter().for_each(|n| note!("{n}"));
                 if let Some(c) = newest {
                     config.model.path = c.path.display().to_string();
                 }

@@ -116,7 +116,7 @@ impl Session {
                 ));
             }
             let (found, notes) = Checkpoints::new(&dir, 0).latest()?;
-            notes.iter().for_each(|n| eprintln!("{n}"));
+            notes.iter().for_each(|n| note!("{n}"));
             checkpoint = found;
         }
         if let Some(c) = checkpoint.as_ref().filter(|c| c.state.kind != kind) {
@@ -130,7 +130,7 @@ impl Session {
             None => TrainState { kind: kind.to_owned(), step: 0, updates: 0, seed: config.run.seed },
         };
         if resume {
-            eprintln!("{}: going on after step {} of {}", dir.display(), state.step, config.optim.steps);
+            note!("{}: going on after step {} of {}", dir.display(), state.step, config.optim.steps);
         }
         Ok(Session { dir, state, resume_command, checkpoint, _lock: lock })
     }
@@ -182,7 +182,7 @@ impl Session {
                 self.resume_command
             ))),
             Err(e) => {
-                eprintln!("the run is as its last checkpoint has it; to go on: {}", self.resume_command);
+                note!("the run is as its last checkpoint has it; to go on: {}", self.resume_command);
                 Err(e)
             }
         }
@@ -214,7 +214,7 @@ pub(super) fn stop_on_signal() -> Result<Arc<AtomicBool>> {
         if raised.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        eprintln!("\nstopping: what is complete is being saved (again to end at once)");
+        note!("\nstopping: what is complete is being saved (again to end at once)");
     })
     .map_err(|e| Error::internal(format!("cannot watch for Ctrl-C: {e}")))?;
     Ok(stop)

@@ -79,7 +79,8 @@ const HUGE: usize = 2 << 20;
 
 impl Buffer {
     pub(super) fn new(dtype: DType, len: usize, gauge: Arc<AtomicUsize>) -> Buffer {
-        let bytes = (len * dtype.size()).max(1).next_multiple_of(ALIGN);
+        let bytes =
+            len.checked_mul(dtype.size()).expect("a buffer of at most usize::MAX bytes").max(1).next_multiple_of(ALIGN);
         let align = if bytes >= HUGE { HUGE } else { ALIGN };
         let layout = Layout::from_size_align(bytes, align).expect("a buffer of at most isize::MAX bytes");
         let fail = || handle_alloc_error(layout);

@@ -101,10 +101,11 @@ impl Pool {
             spins += 1;
             if spins.is_multiple_of(4096) { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
+        let others = s.panicked.swap(false, Ordering::Relaxed);
         if let Err(p) = mine {
             std::panic::resume_unwind(p);
         }
-        assert!(!s.panicked.swap(false, Ordering::Relaxed), "a parallel region panicked");
+        assert!(!others, "a parallel region panicked");
     }
 
     /// Splits `data` into chunks of `chunk` elements and calls `f(index of chunk, chunk)` for each, on all threads.

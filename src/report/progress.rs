@@ -47,7 +47,7 @@ impl Progress {
             if plain.last.is_none_or(|t| t.elapsed() >= EVERY) || done == total {
                 plain.last = Some(Instant::now());
                 let secs = plain.started.elapsed().as_secs_f64();
-                eprintln!("{} {done}/{total} [{secs:.0} s] {text}", self.what);
+                note!("{} {done}/{total} [{secs:.0} s] {text}", self.what);
             }
         }
         self.bar.set_message(text);
@@ -61,7 +61,7 @@ impl Progress {
     /// A line above the bar.
     pub fn note(&self, text: &str) {
         match self.plain {
-            Some(_) => eprintln!("{text}"),
+            Some(_) => note!("{text}"),
             None => self.bar.println(text),
         }
     }

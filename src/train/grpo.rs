@@ -69,8 +69,13 @@ struct Trainer<'a> {
 struct Selected<'a> {
     /// Groups of samples; each belongs to an update of its own or with others.
     groups: Vec<Vec<(&'a Trajectory, f32)>>,
+    /// Groups that say nothing.
     zero_variance: usize,
+    /// Episodes that were cut short.
     masked: usize,
+    /// Episodes that were scored but are not in `groups`. They still count as episodes where a loss is a mean over
+    /// those, or a batch with much left out would take larger steps than one with little.
+    left_out: usize,
 }
 
 impl Trainer<'_> {
@@ -104,6 +109,10 @@ impl Trainer<'_> {
         let seed = self.config.run.seed;
         let episodes = self.setup.rollouts.run(&jobs, seed, |done, _| keeper.busy("episodes", done, total))?;
         keeper.busy("updating after episodes", total, total);
+        let void = episodes.iter().flatten().filter(|e| e.is_err()).count();
+        if 2 * void > total {
+            return Err(machinery(episodes, void, total));
+        }
         let rollout_s = started.elapsed().as_secs_f64();
 
         let started = Instant::now();
@@ -122,37 +131,34 @@ impl Trainer<'_> {
                 _ => vec![None; parts.len()],
             };
             let goal = Goal::Grpo { clip_low: a.clip_low as f32, clip_high: a.clip_high as f32, beta: a.beta as f32 };
-            for iteration in 0..a.iterations {
-                for (i, (part, reference)) in parts.iter().zip(&references).enumerate() {
-                    let (stats, update) = self.learner.update(part, goal, reference.as_deref(), lr)?;
-                    if iteration == 0 && i == 0 {
-                        mismatch = largest_mismatch(part, &stats);
+            let mut updates = || -> Result<()> {
+                for iteration in 0..a.iterations {
+                    for (i, (part, reference)) in parts.iter().zip(&references).enumerate() {
+                        let (stats, update) = self.learner.update(part, goal, reference.as_deref(), lr)?;
+                        if iteration == 0 && i == 0 {
+                            mismatch = largest_mismatch(part, &stats);
+                        }
+                        tokens.add(part, &stats);
+                        grad_norm = larger(grad_norm, update.grad_norm.into());
+                        skipped += u64::from(!update.applied);
                     }
-                    tokens.add(part, &stats);
-                    grad_norm = grad_norm.max(update.grad_norm.into());
-                    skipped += u64::from(!update.applied);
                 }
-            }
+                Ok(())
+            };
+            let updated = updates();
+            // Also after a failure: an earlier part may have moved the weights.
             paused.weights_changed()?;
+            updated?;
         }
         let train_s = started.elapsed().as_secs_f64();
 
         let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
         let mut metrics = episode_metrics(&done, Phase::Train);
-        let n = tokens.n.max(1.0);
         let sampled: usize = done.iter().map(|t| t.sampled()).sum();
         metrics.extend([
             ("groups/zero_variance", selected.zero_variance as f64 / jobs.len().max(1) as f64),
             ("episodes/masked", selected.masked as f64),
             ("episodes/void", (jobs.len() * r.group_size - done.len()) as f64),
-            ("policy/loss", tokens.loss),
-            ("policy/kl", tokens.kl / n),
-            ("policy/entropy", tokens.entropy / n),
-            ("policy/clip_share", tokens.clipped / n),
-            ("policy/ratio", tokens.ratio / n),
-            ("policy/mismatch", mismatch),
-            ("optim/grad_norm", grad_norm),
-            ("optim/skipped", skipped as f64),
             ("optim/lr", lr),
             ("speed/rollout_s", rollout_s),
             ("speed/train_s", train_s),
@@ -160,6 +166,19 @@ impl Trainer<'_> {
             ("speed/train_tokens_s", tokens.n / train_s),
             ("memory/peak_mib", peak_memory_mib()),
         ]);
+        // A step that updated nothing has none of these.
+        if tokens.n > 0.0 {
+            metrics.extend([
+                ("policy/loss", tokens.loss / tokens.updates),
+                ("policy/kl", tokens.kl / tokens.n),
+                ("policy/entropy", tokens.entropy / tokens.n),
+                ("policy/clip_share", tokens.clipped / tokens.n),
+                ("policy/ratio", tokens.ratio / tokens.n),
+                ("policy/mismatch", mismatch),
+                ("optim/grad_norm", grad_norm),
+                ("optim/skipped", skipped as f64),
+            ]);
+        }
         let most = self.config.log.trajectories;
         let views = views(&episodes, &jobs, step, Phase::Train, most, &keeper.store, &keeper.tokenizer, |t| {
             selected.groups.iter().flatten().find(|(s, _)| std::ptr::eq(*s, t)).map(|(_, a)| f64::from(*a))
@@ -170,14 +189,22 @@ impl Trainer<'_> {
     /// Advantages, and what has none.
     fn select<'e>(&self, episodes: &'e Episodes) -> Selected<'e> {
         let a = &self.config.algo;
-        let mut selected = Selected { groups: Vec::new(), zero_variance: 0, masked: 0 };
+        let mut selected = Selected { groups: Vec::new(), zero_variance: 0, masked: 0, left_out: 0 };
         for group in episodes {
+            let whole = group.iter().all(Result::is_ok);
             let group: Vec<&Trajectory> = group.iter().flatten().collect();
+            if !whole {
+                // Only an episode that calls its tool can be void: what is left of its group is not a fair sample.
+                selected.left_out += group.len();
+                continue;
+            }
             let rewards: Vec<f64> = group.iter().map(|t| t.reward.total).collect();
             let scale = if group.len() > 1 { a.scale } else { AdvantageScale::None };
             let advantages = group_advantages(&rewards, scale);
             selected.zero_variance += usize::from(advantages.zero_variance);
-            if advantages.zero_variance && a.drop_zero_variance {
+            // With a penalty for leaving the reference even a group without advantages says something.
+            if advantages.zero_variance && a.drop_zero_variance && a.beta == 0.0 {
+                selected.left_out += rewards.len();
                 continue;
             }
             let samples: Vec<_> = group
@@ -186,6 +213,7 @@ impl Trainer<'_> {
                 .filter(|(t, _)| !(a.mask_truncated && t.ending == Ending::Truncated))
                 .collect();
             selected.masked += rewards.len() - samples.len();
+            selected.left_out += rewards.len() - samples.len();
             if !samples.is_empty() {
                 selected.groups.push(samples);
             }
@@ -197,11 +225,14 @@ impl Trainer<'_> {
     fn parts(&self, selected: &Selected) -> Vec<Vec<MicroBatch>> {
         let (r, a) = (&self.config.rollout, &self.config.algo);
         let per_part = selected.groups.len().div_ceil(a.minibatches).max(1);
+        let kept: usize = selected.groups.iter().map(Vec::len).sum();
         selected
             .groups
             .chunks(per_part)
             .map(|groups| {
-                let lengths: Vec<usize> = groups.iter().flatten().map(|(t, _)| t.sampled()).collect();
+                let mut lengths: Vec<usize> = groups.iter().flatten().map(|(t, _)| t.sampled()).collect();
+                // This part's share of what was left out: episodes of no length.
+                lengths.resize(lengths.len() + selected.left_out * lengths.len() / kept.max(1), 0);
                 let weights = token_weights(a.loss, &lengths, r.max_turns * r.max_new_tokens);
                 let mut weights = weights.into_iter();
                 let groups: Vec<Vec<Sample>> = groups
@@ -219,16 +250,32 @@ impl Trainer<'_> {
     }
 }
 
+/// The error of a step whose episodes were failed by the machinery: that is nothing to learn from.
+fn machinery(episodes: Episodes, void: usize, total: usize) -> Error {
+    let first = episodes.into_iter().flatten().find_map(Result::err);
+    let why = first.map_or_else(String::new, |v| format!("; the first failure: {}", v.error));
+    Error::Tool {
+        tool: "python".into(),
+        what: format!("{void} of {total} episodes of a step failed, so that it was given up{why}"),
+    }
+}
+
 /// The largest difference between a token's log-probability now and when it was sampled, before any update: 0.
 fn largest_mismatch(micros: &[MicroBatch], stats: &TokenStats) -> f64 {
     let old = micros.iter().flat_map(|m| m.entries.iter().map(|e| e.old_logp));
-    old.zip(&stats.logp).map(|(old, new)| f64::from((old - new).abs())).fold(0.0, f64::max)
+    old.zip(&stats.logp).map(|(old, new)| f64::from((old - new).abs())).fold(0.0, larger)
+}
+
+/// The larger of two figures; a NaN wins, since it must not hide.
+fn larger(a: f64, b: f64) -> f64 {
+    if a.is_nan() || a >= b { a } else { b }
 }
 
 /// Sums over the tokens of a step.
 #[derive(Default)]
 struct Sums {
     n: f64,
+    updates: f64,
     loss: f64,
     kl: f64,
     entropy: f64,
@@ -241,6 +288,7 @@ impl Sums {
         let sum = |x: &[f32]| x.iter().map(|&x| f64::from(x)).sum::<f64>();
         let weights = micros.iter().flat_map(|m| m.entries.iter().map(|e| f64::from(e.weight)));
         self.n += stats.logp.len() as f64;
+        self.updates += 1.0;
         self.loss += weights.zip(&stats.loss).map(|(w, &l)| w * f64::from(l)).sum::<f64>();
         self.kl += sum(&stats.kl);
         self.entropy += sum(&stats.entropy);

@@ -3,7 +3,6 @@
 use super::checkpoint::{Checkpoints, TrainState};
 use super::config::RunConfig;
 use super::learner::Learner;
-use crate::Result;
 use crate::agent::{Ending, EpisodeOptions, Episodes, Job, Rollouts, Trajectory, Void};
 use crate::engine::{Engine, Sampling};
 use crate::input::Tokenizer;
@@ -11,6 +10,7 @@ use crate::model::SaveOptions;
 use crate::report::view::{EpisodeView, Phase, RewardPart, StepView, TokenView};
 use crate::report::{MetricsLog, Progress, TrajectoryStore, read_metrics};
 use crate::tasks::{Example, Examples};
+use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -53,7 +53,7 @@ pub struct Scores {
 /// Asks `examples` once each; no weights move.
 ///
 /// # Errors
-/// As [`Rollouts::run`].
+/// As [`Rollouts::run`]; the failure itself where the tool's machinery failed every single episode.
 pub fn evaluate(
     rollouts: &Rollouts,
     examples: &[Arc<Example>],
@@ -67,6 +67,10 @@ pub fn evaluate(
         .map(|(i, e)| Job { example: e.clone(), group: (1 << 40) + i as u64, samples: 1 })
         .collect();
     let episodes = rollouts.run(&jobs, seed, done)?;
+    if !jobs.is_empty() && episodes.iter().flatten().all(Result::is_err) {
+        let first = episodes.into_iter().flatten().find_map(Result::err);
+        return Err(first.map_or_else(|| Error::internal("a job without an episode"), |void| void.error));
+    }
     let scored: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
     let n = scored.len().max(1) as f64;
     let mean = |f: &dyn Fn(&Trajectory) -> f64| scored.iter().map(|t| f(t)).sum::<f64>() / n;
@@ -151,7 +155,7 @@ impl Keeper {
             evaluated,
             checkpoints: Checkpoints::new(run_dir, config.log.keep_last),
             every: config.log.checkpoint_every,
-            saved: (state.step > 0).then_some(state.step),
+            saved: Some(state.step),
             progress: Progress::new(&state.kind, state.step, config.optim.steps),
             state,
             tokenizer,
@@ -262,8 +266,8 @@ pub fn episode_metrics(episodes: &[&Trajectory], phase: Phase) -> Vec<(&'static 
         ],
         Phase::Train => vec![
             ("reward/mean", mean(&|t| t.reward.total)),
-            ("reward/answer", f1),
-            ("reward/format", format),
+            ("reward/answer", mean(&|t| t.reward.total - t.reward.format_part)),
+            ("reward/format", mean(&|t| t.reward.format_part)),
             ("train/f1", f1),
             ("train/em", em),
             ("tools/calls", mean(&calls)),

@@ -3,19 +3,24 @@
 
 mod warm;
 
-use super::session::{CONFIG_FILE, stop_on_signal};
+use super::session::{Session, stop_on_signal};
 use super::setup::{Loaded, episode_options};
 use crate::agent::Rollouts;
 use crate::model::write_atomically;
 use crate::report::{Record, read_metrics};
 use crate::train::RunConfig;
-use crate::train::checkpoint::TrainState;
 use crate::train::grpo::{self, Finished};
 use crate::train::learner::Learner;
 use crate::train::run::{Keeper, Scores, eval_options, evaluate};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+
+/// What makes it short.
+const SMOKE: [&str; 4] = ["optim.steps=3", "rollout.prompts=4", "rollout.group_size=4", "task.eval_items=24"];
+
+/// Marks a folder as one that quickstart made and may replace.
+const MARK: &str = ".quickstart";
 
 /// The run file of the quickstart.
 const RUN: &str = include_str!("run.toml");
@@ -31,7 +36,7 @@ pub(super) struct Args {
     /// The run's folder; what an earlier quickstart wrote there is replaced
     #[arg(long, value_name = "DIR", default_value = "runs/quickstart")]
     out: PathBuf,
-    /// Decides what is sampled and the order of the questions
+    /// Decides what is sampled and the order of the questions; the same as --set run.seed
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// A shortened one, to see that everything works: it learns next to nothing
@@ -46,14 +51,13 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let mut overrides = args.overrides.clone();
+    // What the user sets comes last, and so holds.
+    let mut overrides = vec![format!("run.seed={}", args.seed)];
     if args.smoke {
-        overrides.extend(
-            ["optim.steps=3", "rollout.prompts=4", "rollout.group_size=4", "task.eval_items=24"].map(String::from),
-        );
+        overrides.extend(SMOKE.map(String::from));
     }
+    overrides.extend(args.overrides.iter().cloned());
     let mut config = RunConfig::read_text(RUN, "the quickstart's run file", &overrides)?;
-    config.run.seed = args.seed;
     if config.log.eval_every == 0 {
         // Before and after is what this command is about.
         config.log.eval_every = config.optim.steps.max(1);
@@ -72,9 +76,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     config.check()?;
     clear(&out)?;
     warm::unpack(&model)?;
-    let config_file = out.join(CONFIG_FILE);
-    let text = config.to_toml()?;
-    write_atomically(&config_file, |f| f.write_all(text.as_bytes()).map_err(|e| Error::io("write", &config_file, e)))?;
+    let session = Session::open(&config, "train", false)?;
+    let mark = out.join(MARK);
+    write_atomically(&mark, |f| f.write_all(b"made by varft quickstart\n").map_err(|e| Error::io("write", &mark, e)))?;
 
     let started = Instant::now();
     let stop = stop_on_signal()?;
@@ -96,16 +100,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
     };
     let blind_before = withheld()?;
     let mut learner = Learner::new(loaded.model.clone(), &config.optim, setup.engine.forbidden());
-    let state = TrainState { kind: "train".into(), step: 0, updates: 0, seed: config.run.seed };
-    let mut keeper = Keeper::open(&out, &config, state, loaded.tokenizer.clone(), loaded.companions.clone())?;
-    let finished = grpo::train(&config, &setup, &mut learner, None, &mut keeper)?;
+    let mut keeper =
+        Keeper::open(&out, &config, session.state.clone(), loaded.tokenizer.clone(), loaded.companions.clone())?;
+    let finished = grpo::train(&config, &setup, &mut learner, None, &mut keeper);
     drop(keeper);
-    if let Finished::Stopped { at } = finished {
-        crate::report::write(&out)?;
-        return Err(Error::Cancelled(format!(
-            "stopped after step {at}, which is saved\n  to go on: varft train {} --resume",
-            out.display()
-        )));
+    if !matches!(finished, Ok(Finished::Complete)) {
+        return session.end(finished);
     }
     let blind_after = withheld()?;
     let report = crate::report::write(&out)?;
@@ -142,7 +142,7 @@ fn clear(dir: &Path) -> Result<()> {
     }
     let failed = |e| Error::io("replace the earlier run in", dir, e);
     let empty = dir.read_dir().map_err(failed)?.next().is_none();
-    if !empty && !dir.join("warm-start").is_dir() {
+    if !empty && !dir.join(MARK).is_file() {
         return Err(Error::input(
             format!("{}: this folder holds something that is no quickstart", dir.display()),
             "give --out another folder",
