@@ -133,7 +133,7 @@ impl Keeper {
     /// Every checkpoint gets a copy of the files `companions`.
     ///
     /// # Errors
-    /// [`Error::Io`](crate::Error::Io) when a file cannot be read or written.
+    /// [`Error::Io`] when a file cannot be read or written.
     pub fn open(
         run_dir: &Path,
         config: &RunConfig,
@@ -182,7 +182,7 @@ impl Keeper {
     /// Writes a checkpoint of the step reached, unless there is one.
     ///
     /// # Errors
-    /// [`Error::Io`](crate::Error::Io), for example on a full disk; earlier checkpoints are as they were.
+    /// [`Error::Io`], for example on a full disk; earlier checkpoints are as they were.
     pub fn save(&mut self, learner: &mut Learner) -> Result<()> {
         if self.saved == Some(self.state.step) {
             return Ok(());
@@ -284,7 +284,7 @@ pub fn episode_metrics(episodes: &[&Trajectory], phase: Phase) -> Vec<(&'static 
 /// The first `most` episodes as a run's page shows them; their images are written to the store.
 ///
 /// # Errors
-/// [`Error::Io`](crate::Error::Io) when an image cannot be written.
+/// [`Error::Io`] when an image cannot be written.
 pub fn views(
     episodes: &Episodes,
     jobs: &[Job],
