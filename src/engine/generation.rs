@@ -62,7 +62,7 @@ impl Feed {
 
     fn cancel(&self) {
         if !self.finished() && !self.cancelled.swap(true, Ordering::Relaxed) {
-            self.link.cancels.fetch_add(1, Ordering::Relaxed);
+            self.link.cancels.fetch_add(1, Ordering::Release);
         }
     }
 

@@ -81,10 +81,12 @@ impl Worker {
     pub fn serve(&mut self) -> Result<()> {
         let mut stalls = 0;
         loop {
+            // Before the commands: a turn is always sent before it is cancelled, so every turn that this count is about
+            // is known once the commands are in.
+            let cancels = self.link.cancels.load(Ordering::Acquire);
             if !self.take_commands()? {
                 return Ok(());
             }
-            let cancels = self.link.cancels.load(Ordering::Relaxed);
             if cancels != self.cancels_seen {
                 self.cancels_seen = cancels;
                 self.scheduler.drop_cancelled();
