@@ -17,7 +17,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// What makes it short.
-const SMOKE: [&str; 4] = ["optim.steps=3", "rollout.prompts=4", "rollout.group_size=4", "task.eval_items=24"];
+const SMOKE: [&str; 5] =
+    ["optim.steps=3", "optim.warmup_steps=1", "rollout.prompts=4", "rollout.group_size=4", "task.eval_items=24"];
 
 /// Marks a folder as one that quickstart made and may replace.
 const MARK: &str = ".quickstart";
