@@ -307,7 +307,8 @@ mod tests {
             ("[algo]\nloss = \"ppo\"\n", &["line 2", "ppo", "dr_grpo"]),
             ("[algo]\nbeta = \n", &["line 2", "my run.toml", "TOML"]),
             ("[run]\nseed = -1\n", &["line 2", "seed = -1", "-1"]),
-            ("[rollout]\ngroup_size = 0\n", &["`rollout.group_size`", "at least 1", "mend"]),
+            ("[rollout]\ngroup_size = 0\n", &["`rollout.group_size`", "1 to 65536", "mend"]),
+            ("[rollout]\ngroup_size = 1000000000000000000\n", &["`rollout.group_size`", "1 to 65536", "mend"]),
             ("[run]\nname = \"../x\"\n", &["`run.name`", "folder", "mend"]),
         ] {
             let e = error(text, &[]);
