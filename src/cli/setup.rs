@@ -66,6 +66,18 @@ impl Loaded {
         Ok(Loaded { model, tokenizer, template, preprocessor, companions })
     }
 
+    /// The model that the run began with, where the loss ties the policy to it.
+    ///
+    /// # Errors
+    /// Whatever is wrong with its files.
+    pub fn reference(&self, config: &RunConfig) -> Result<Option<Model>> {
+        if config.algo.beta == 0.0 {
+            return Ok(None);
+        }
+        let options = LoadOptions { freeze_vision: true, progress: true };
+        Model::load(&model_dir(config)?, self.model.device(), &options).map(Some)
+    }
+
     /// An engine for this model, of the size that the run file gives.
     ///
     /// # Errors

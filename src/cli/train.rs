@@ -1,11 +1,8 @@
 use super::session::{RunArgs, Session, stop_on_signal};
 use super::setup::Loaded;
 use crate::Result;
-use crate::model::{LoadOptions, Model};
-use crate::train::RunConfig;
 use crate::train::grpo;
 use crate::train::learner::Learner;
-use std::path::Path;
 
 /// Train a model by reinforcement learning (GRPO) on its own episodes
 #[derive(clap::Args)]
@@ -25,18 +22,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let stop = stop_on_signal()?;
     let loaded = Loaded::new(&config, session.weights())?;
     let setup = loaded.setup(&config, &stop)?;
-    let reference = reference(&config, &loaded)?;
+    let reference = loaded.reference(&config)?;
     let mut learner = Learner::new(loaded.model.clone(), &config.optim, setup.engine.forbidden());
     session.restore(&mut learner)?;
     let mut keeper = session.keeper(&config, &loaded)?;
     session.end(grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper))
-}
-
-/// The model that the run began with, where the loss ties the policy to it.
-fn reference(config: &RunConfig, loaded: &Loaded) -> Result<Option<Model>> {
-    if config.algo.beta == 0.0 {
-        return Ok(None);
-    }
-    let options = LoadOptions { freeze_vision: true, progress: true };
-    Model::load(Path::new(&config.model.path), loaded.model.device(), &options).map(Some)
 }

@@ -33,7 +33,8 @@ pub enum Finished {
 /// that is killed and resumed takes the same path, bit for bit.
 ///
 /// # Errors
-/// Whatever fails; the run's folder is whole then.
+/// [`Error::Input`] where `algo.beta` is not 0 and there is no reference; whatever fails later, and the run's folder is whole
+/// then.
 pub fn train(
     config: &RunConfig,
     setup: &Setup,
@@ -41,6 +42,9 @@ pub fn train(
     reference: Option<&Model>,
     keeper: &mut Keeper,
 ) -> Result<Finished> {
+    if config.algo.beta != 0.0 && reference.is_none() {
+        return Err(Error::input("algo.beta ties the policy to a reference, and there is none", "give one, or set beta to 0"));
+    }
     let schedule = Schedule::new(&config.optim);
     let mut trainer = Trainer { config, setup, learner, reference, schedule };
     match trainer.steps(keeper) {

@@ -93,6 +93,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         config.rollout.prompts,
         config.rollout.group_size
     );
+    let reference = loaded.reference(&config)?;
     let withheld = || -> Result<Scores> {
         let mut options = eval_options(&episode_options(&config), &config);
         options.withhold_images = true;
@@ -103,7 +104,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let mut learner = Learner::new(loaded.model.clone(), &config.optim, setup.engine.forbidden());
     let mut keeper =
         Keeper::open(&out, &config, session.state.clone(), loaded.tokenizer.clone(), loaded.companions.clone())?;
-    let finished = grpo::train(&config, &setup, &mut learner, None, &mut keeper);
+    let finished = grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper);
     drop(keeper);
     if !matches!(finished, Ok(Finished::Complete)) {
         return session.end(finished);

@@ -7,7 +7,7 @@
 //! nor the thread that runs them can be seen in a result.
 
 use super::kernel::{Finish, Isa, MAX_PANELS, MAX_ROWS, PANEL, Tile};
-use super::transpose::{gather_rows, transpose};
+use super::transpose::{ABREAST, gather_abreast, gather_rows, transpose};
 use crate::device::{Pool, SendPtr};
 use std::cell::Cell;
 
@@ -149,18 +149,25 @@ pub(super) unsafe fn multiply(pool: &Pool, isa: Isa, left: Left, product: &Produ
 /// # Safety
 /// As [`multiply`]; `packed` holds `rows * len` floats.
 unsafe fn pack_left(pool: &Pool, left: Left, groups: Groups, len: usize, packed: *mut f32) {
-    let (left, packed) = (&left, SendPtr(packed));
-    spread(pool, groups.rows * len, groups.count, |g| {
-        let (start, rows) = (groups.start(g), groups.start(g + 1) - groups.start(g));
-        // SAFETY: each group reads its own rows of `left` and writes its own part of `packed`.
-        unsafe {
-            let to = packed.get().add(start * len);
-            match *left {
-                Left::Rows(x, stride) => transpose(x.add(start * stride), stride, rows, len, to, rows),
-                Left::Columns(x, stride) => gather_rows(x.add(start), stride, len, rows, to),
-            }
-        }
-    });
+    let packed = SendPtr(packed);
+    let extent = |g: usize| (groups.start(g), groups.start(g + 1) - groups.start(g));
+    let (x, stride) = match left {
+        Left::Rows(x, stride) | Left::Columns(x, stride) => (SendPtr(x.cast_mut()), stride),
+    };
+    // SAFETY: each group reads its own rows of `left` and writes its own part of `packed`.
+    match left {
+        Left::Rows(..) => spread(pool, groups.rows * len, groups.count, |g| unsafe {
+            let (start, rows) = extent(g);
+            transpose(x.get().add(start * stride), stride, rows, len, packed.get().add(start * len), rows);
+        }),
+        Left::Columns(..) => spread(pool, groups.rows * len, groups.count.div_ceil(ABREAST), |item| unsafe {
+            let groups = item * ABREAST..groups.count.min((item + 1) * ABREAST);
+            gather_abreast(len, groups, |g, t, steps| {
+                let (start, rows) = extent(g);
+                gather_rows(x.get().add(start + t * stride), stride, steps, rows, packed.get().add(start * len + t * rows));
+            });
+        }),
+    }
 }
 
 /// # Safety

@@ -22,7 +22,7 @@ pub use kernel::PANEL;
 use crate::device::{Backend, Buffer, Pool, SendPtr, Stream};
 use gemm::{Left, Out, Product, SLAB, spread, with_scratch};
 use kernel::Isa;
-use transpose::{gather_rows, transpose};
+use transpose::{ABREAST, gather_abreast, gather_rows, transpose};
 
 /// A packed weight, trainable or not.
 #[derive(Clone)]
@@ -245,23 +245,25 @@ unsafe fn backward_weight_on(pool: &Pool, isa: Isa, dy: &[f32], x: &[f32], dw: *
             let count = slab.min(panels - first);
             with_scratch(1, count * steps * PANEL, |right| {
                 let to = SendPtr(right);
-                spread(pool, count * steps * PANEL, count, |i| {
-                    let column = (first + i) * PANEL;
-                    let lanes = PANEL.min(n - column);
-                    // SAFETY: `lanes` columns of rows `start..start + steps`; each item writes its own panel.
-                    unsafe {
-                        let to = to.get().add(i * steps * PANEL);
-                        let from = dy.as_ptr().add(start * n + column);
-                        if lanes == PANEL {
-                            gather_rows(from, n, steps, PANEL, to);
-                        } else {
-                            for t in 0..steps {
-                                let to = to.add(t * PANEL);
-                                to.copy_from_nonoverlapping(from.add(t * n), lanes);
-                                (lanes..PANEL).for_each(|lane| *to.add(lane) = 0.0);
+                spread(pool, count * steps * PANEL, count.div_ceil(ABREAST), |item| {
+                    gather_abreast(steps, item * ABREAST..count.min((item + 1) * ABREAST), |i, t, steps_here| {
+                        let column = (first + i) * PANEL;
+                        let lanes = PANEL.min(n - column);
+                        // SAFETY: `lanes` columns of rows from `start + t`; each item writes its own panels.
+                        unsafe {
+                            let to = to.get().add((i * steps + t) * PANEL);
+                            let from = dy.as_ptr().add((start + t) * n + column);
+                            if lanes == PANEL {
+                                gather_rows(from, n, steps_here, PANEL, to);
+                            } else {
+                                for t in 0..steps_here {
+                                    let to = to.add(t * PANEL);
+                                    to.copy_from_nonoverlapping(from.add(t * n), lanes);
+                                    (lanes..PANEL).for_each(|lane| *to.add(lane) = 0.0);
+                                }
                             }
                         }
-                    }
+                    });
                 });
                 let product = Product { rows: k, len: steps, panels: count, right, stride: steps * PANEL };
                 // SAFETY: by contract.

@@ -51,6 +51,18 @@ unsafe fn four_by_four(from: *const f32, from_stride: usize, to: *mut f32, to_st
     }
 }
 
+/// Groups of columns that are copied together: the lines of a row lie side by side in memory, and it is read once.
+pub(super) const ABREAST: usize = 4;
+
+/// Calls `copy(group, from, steps)` so that all of `groups` advance together through `len` steps, a few at a time: few enough
+/// for what they share of each row to stay in the first-level cache however far apart rows lie.
+pub(super) fn gather_abreast(len: usize, groups: std::ops::Range<usize>, copy: impl Fn(usize, usize, usize)) {
+    const STEPS: usize = 8;
+    for t in (0..len).step_by(STEPS) {
+        groups.clone().for_each(|g| copy(g, t, STEPS.min(len - t)));
+    }
+}
+
 /// Copies `steps` rows of `width <= 16` floats, `from_stride` apart, to lie one after the other.
 ///
 /// # Safety
