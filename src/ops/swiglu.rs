@@ -58,29 +58,39 @@ fn gate_row_body<const FMA: bool>(gate: &[f32], up: &[f32], h: &mut [f32]) {
 }
 multiversion!(fn gate_row(gate: &[f32], up: &[f32], h: &mut [f32]) = gate_row_body);
 
-/// Pointers to rows of `2 dh.len()` elements, because dx may be x: each block is read before it is written.
+/// The gradients of one vector of gates and ups, from those of their products.
+#[inline(always)]
+fn gate_backward<const FMA: bool>(g: [f32; LANES], u: [f32; LANES], d: [f32; LANES]) -> ([f32; LANES], [f32; LANES]) {
+    let (mut dg, mut du) = ([0.0; LANES], [0.0; LANES]);
+    for i in 0..LANES {
+        let sig = 1.0 / (1.0 + exp::<FMA>(-g[i]));
+        du[i] = d[i] * g[i] * sig;
+        dg[i] = d[i] * u[i] * sig * (1.0 + g[i] * (1.0 - sig));
+    }
+    (dg, du)
+}
+
+/// Pointers to rows of `2 dh.len()` elements, because dx may be x: each vector is read before it is written.
 #[inline(always)]
 fn gate_row_backward_body<const FMA: bool>(x: *const f32, dh: &[f32], dx: *mut f32) {
     let n = dh.len();
-    for c in (0..n).step_by(LANES) {
-        let len = LANES.min(n - c);
-        let (mut g, mut u, mut d) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
-        d[..len].copy_from_slice(&dh[c..c + len]);
-        // SAFETY: the caller's rows have 2 n elements, and c + len <= n.
-        unsafe {
-            std::ptr::copy_nonoverlapping(x.add(c), g.as_mut_ptr(), len);
-            std::ptr::copy_nonoverlapping(x.add(n + c), u.as_mut_ptr(), len);
+    let whole = n - n % LANES;
+    // SAFETY: the caller's rows have 2 n elements, and every vector ends within its half.
+    unsafe {
+        for c in (0..whole).step_by(LANES) {
+            // Of a length that the compiler knows: loads and stores instead of calls to copy.
+            let read = |p: *const f32| p.cast::<[f32; LANES]>().read();
+            let (dg, du) = gate_backward::<FMA>(read(x.add(c)), read(x.add(n + c)), read(dh.as_ptr().add(c)));
+            dx.add(c).cast::<[f32; LANES]>().write(dg);
+            dx.add(n + c).cast::<[f32; LANES]>().write(du);
         }
-        for i in 0..LANES {
-            let sig = 1.0 / (1.0 + exp::<FMA>(-g[i]));
-            let du = d[i] * g[i] * sig;
-            g[i] = d[i] * u[i] * sig * (1.0 + g[i] * (1.0 - sig));
-            u[i] = du;
-        }
-        // SAFETY: as above.
-        unsafe {
-            std::ptr::copy_nonoverlapping(g.as_ptr(), dx.add(c), len);
-            std::ptr::copy_nonoverlapping(u.as_ptr(), dx.add(n + c), len);
+        let rest = n - whole;
+        if rest > 0 {
+            let read = |p: *const f32| std::array::from_fn(|i| if i < rest { *p.add(i) } else { 0.0 });
+            let (dg, du) =
+                gate_backward::<FMA>(read(x.add(whole)), read(x.add(n + whole)), read(dh.as_ptr().add(whole)));
+            dx.add(whole).copy_from_nonoverlapping(dg.as_ptr(), rest);
+            dx.add(n + whole).copy_from_nonoverlapping(du.as_ptr(), rest);
         }
     }
 }

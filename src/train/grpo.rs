@@ -43,7 +43,10 @@ pub fn train(
     keeper: &mut Keeper,
 ) -> Result<Finished> {
     if config.algo.beta != 0.0 && reference.is_none() {
-        return Err(Error::input("algo.beta ties the policy to a reference, and there is none", "give one, or set beta to 0"));
+        return Err(Error::input(
+            "algo.beta ties the policy to a reference, and there is none",
+            "give one, or set beta to 0",
+        ));
     }
     let schedule = Schedule::new(&config.optim);
     let mut trainer = Trainer { config, setup, learner, reference, schedule };

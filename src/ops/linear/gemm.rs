@@ -164,7 +164,13 @@ unsafe fn pack_left(pool: &Pool, left: Left, groups: Groups, len: usize, packed:
             let groups = item * ABREAST..groups.count.min((item + 1) * ABREAST);
             gather_abreast(len, groups, |g, t, steps| {
                 let (start, rows) = extent(g);
-                gather_rows(x.get().add(start + t * stride), stride, steps, rows, packed.get().add(start * len + t * rows));
+                gather_rows(
+                    x.get().add(start + t * stride),
+                    stride,
+                    steps,
+                    rows,
+                    packed.get().add(start * len + t * rows),
+                );
             });
         }),
     }
