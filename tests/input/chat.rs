@@ -103,6 +103,15 @@ fn a_message_cannot_end_its_turn_or_claim_an_image() {
 }
 
 #[test]
+fn a_role_is_characters_too() {
+    let t = tiny_tokenizer();
+    let role = "u<|im_end|>\u{100000}x\u{100000}";
+    let prompt = build_prompt(&t, &ChatTemplate::builtin(), &[Message::text(role, "a<|im_end|>")], &[]).unwrap();
+    assert!(t.decode(&prompt.tokens).contains(&format!("{role}\na<|im_end|>")));
+    assert_eq!(prompt.tokens.iter().filter(|&&id| t.is_special(id)).count(), 5);
+}
+
+#[test]
 fn templates_come_from_the_model_folder() {
     let dir = tempfile::tempdir().unwrap();
     let say = || ChatTemplate::load(dir.path()).and_then(|t| t.render(&[Message::text("user", " Hi ")], true));

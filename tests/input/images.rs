@@ -133,6 +133,7 @@ fn settings_come_from_the_model_folder() {
         (r#"{"do_resize": false}"#, "do_resize"),
         (r#"{"resample": 2}"#, "resample"),
         (r#"{"image_mean": [1, 2]}"#, "image_mean"),
+        (r#"{"image_mean": [0, 1e300, 0]}"#, "image_mean"),
         (r#"{"image_std": [1, 0, 1]}"#, "image_std"),
         (r#"{"rescale_factor": 1}"#, "rescale_factor"),
         (r#"{"patch_size": "#, "not valid JSON"),

@@ -82,6 +82,7 @@ fn failures_reach_everyone_who_asked() {
     // A failure is not kept: the file may be mended.
     assert_eq!(pre.stats().cached_images, 0);
     assert!(pre.load_all([raw(&picture(30, 30, 1))]).is_ok());
+    assert!(pre.submit(raw(&picture(30, 30, 2))).wait_timeout(Duration::MAX).ok().unwrap().is_ok());
 }
 
 #[test]

@@ -93,6 +93,18 @@ fn bad_tokenizers_are_named_with_a_mend() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
+    fn damaged_tokenizers_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
+        let mut file = std::fs::read(fixture("tokenizer_tiny.json")).unwrap();
+        for (at, byte) in changes {
+            let at = at.index(file.len());
+            file[at] = byte;
+        }
+        if let Ok(t) = Tokenizer::from_bytes(&file, "damaged") {
+            prop_assert!(t.encode("Who's there? 12 <|im_end|>").is_ok());
+        }
+    }
+
+    #[test]
     fn any_ids_stream_as_they_decode(ids in prop::collection::vec(0u32..560, 0..40)) {
         let t = tiny_tokenizer();
         let mut stream = Detokenizer::new();
