@@ -124,6 +124,18 @@ fn a_run_file_with_a_mistake_is_refused_by_line_and_nothing_begins() {
 }
 
 #[test]
+fn threads_that_no_machine_has_are_refused() {
+    for threads in ["1000000", "-1", "all"] {
+        let set = format!("--threads={threads}");
+        for args in [&["chat", "model", &set][..], &["inspect", "talk.json", "--model=model", "--out=out", &set]] {
+            let o = varft(args);
+            let e = String::from_utf8_lossy(&o.stderr);
+            assert!(o.status.code() == Some(2) && e.contains("--threads") && e.contains("1024"), "{e}");
+        }
+    }
+}
+
+#[test]
 fn a_reader_that_goes_away_is_no_panic() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_varft"))
         .args(["doctor", "--dir", "."])
