@@ -85,9 +85,46 @@ impl Layout {
             }
         }
     }
+}
 
-    /// Runs `f(token, slot)` over all tokens, on all threads; asserts that slots and rows are there.
-    fn over(&self, pool: &Pool, slots: &[u32], blocks: usize, f: impl Fn(usize, usize) + Sync) {
+/// The pages and the rows of a call's tokens, checked against each other.
+struct Tokens {
+    layer: KvLayer,
+    blocks: usize,
+    rows: Buffer,
+    slots: Buffer,
+    layout: Layout,
+}
+
+impl Tokens {
+    fn new(
+        layer: &KvLayer,
+        cache: &KvCache,
+        rows: &Buffer,
+        row_stride: usize,
+        k_offset: usize,
+        v_offset: usize,
+        slots: &Buffer,
+        t: usize,
+    ) -> Tokens {
+        cache.check(layer);
+        let &KvCache { blocks, kv_heads, head_dim, .. } = cache;
+        assert!(
+            row_stride >= kv_heads * head_dim + k_offset.max(v_offset),
+            "rows of {row_stride} floats are too short for keys and values"
+        );
+        assert!(rows.len() >= t * row_stride, "{t} rows of {row_stride} in a buffer of {}", rows.len());
+        let layout = Layout { kv_heads, head_dim, row_stride, k_offset, v_offset };
+        Tokens { layer: layer.clone(), blocks, rows: rows.clone(), slots: slots.view(0, t), layout }
+    }
+
+    /// Runs `f(token, slot)` over all tokens, on all threads; asserts that the slots are there.
+    ///
+    /// # Safety
+    /// As [`Buffer::get`], of the slots.
+    unsafe fn each(&self, pool: &Pool, f: impl Fn(usize, usize) + Sync) {
+        // SAFETY: by contract.
+        let (slots, blocks) = (unsafe { self.slots.get::<u32>() }, self.blocks);
         pool.run(slots.len().div_ceil(BLOCK), |i| {
             for (j, &slot) in slots[i * BLOCK..].iter().take(BLOCK).enumerate() {
                 assert!((slot as usize) < blocks * BLOCK, "slot {slot} of a cache of {blocks} pages");
@@ -95,16 +132,6 @@ impl Layout {
             }
         });
     }
-}
-
-fn layout(cache: &KvCache, rows: &Buffer, row_stride: usize, k_offset: usize, v_offset: usize, t: usize) -> Layout {
-    let width = cache.kv_heads * cache.head_dim;
-    assert!(
-        row_stride >= width + k_offset.max(v_offset),
-        "rows of {row_stride} floats are too short for keys and values"
-    );
-    assert!(rows.len() >= t * row_stride, "{t} rows of {row_stride} in a buffer of {}", rows.len());
-    Layout { kv_heads: cache.kv_heads, head_dim: cache.head_dim, row_stride, k_offset, v_offset }
 }
 
 /// Writes the keys and values of `t` tokens into their pages.
@@ -122,15 +149,14 @@ pub fn write(
     slots: &Buffer,
     t: usize,
 ) {
-    cache.check(layer);
-    let (layout, blocks) = (layout(cache, rows, row_stride, k_offset, v_offset, t), cache.blocks);
-    let (layer, rows, slots) = (layer.clone(), rows.clone(), slots.view(0, t));
+    let tokens = Tokens::new(layer, cache, rows, row_stride, k_offset, v_offset, slots, t);
     match s.backend() {
         // SAFETY: launches run one after the other; tokens have different slots, all in bounds.
         Backend::Cpu(s) => s.launch(move |pool| unsafe {
-            let (k, v) = (layer.k.get_mut::<f32>(), layer.v.get_mut::<f32>());
-            let (k, v, rows) = (SendPtr(k.as_mut_ptr()), SendPtr(v.as_mut_ptr()), rows.get::<f32>());
-            layout.over(pool, slots.get::<u32>(), blocks, |i, slot| {
+            let layout = tokens.layout;
+            let (k, v) = (tokens.layer.k.get_mut::<f32>(), tokens.layer.v.get_mut::<f32>());
+            let (k, v, rows) = (SendPtr(k.as_mut_ptr()), SendPtr(v.as_mut_ptr()), tokens.rows.get::<f32>());
+            tokens.each(pool, |i, slot| {
                 let row = &rows[i * layout.row_stride..][..layout.row_stride];
                 layout.each(slot, |from, to, key| *(if key { k.get() } else { v.get() }).add(to) = row[from]);
             });
@@ -152,15 +178,14 @@ pub fn gather(
     slots: &Buffer,
     t: usize,
 ) {
-    cache.check(layer);
-    let (layout, blocks) = (layout(cache, rows, row_stride, k_offset, v_offset, t), cache.blocks);
-    let (layer, rows, slots) = (layer.clone(), rows.clone(), slots.view(0, t));
+    let tokens = Tokens::new(layer, cache, rows, row_stride, k_offset, v_offset, slots, t);
     match s.backend() {
         // SAFETY: launches run one after the other; every token has its own row, in bounds.
         Backend::Cpu(s) => s.launch(move |pool| unsafe {
-            let (k, v) = (layer.k.get::<f32>(), layer.v.get::<f32>());
-            let rows = SendPtr(rows.get_mut::<f32>().as_mut_ptr());
-            layout.over(pool, slots.get::<u32>(), blocks, |i, slot| {
+            let layout = tokens.layout;
+            let (k, v) = (tokens.layer.k.get::<f32>(), tokens.layer.v.get::<f32>());
+            let rows = SendPtr(tokens.rows.get_mut::<f32>().as_mut_ptr());
+            tokens.each(pool, |i, slot| {
                 let row = rows.get().add(i * layout.row_stride);
                 layout.each(slot, |to, from, key| *row.add(to) = if key { k[from] } else { v[from] });
             });

@@ -3,7 +3,7 @@
 //! An index outside its matrix is a mistake of the caller and panics. Where several rows go to one place, they go in
 //! ascending order: work is cut by columns, never by rows.
 
-use crate::device::{Backend, Buffer, SendPtr, Stream};
+use crate::device::{Backend, Buffer, Pool, SendPtr, Stream};
 
 /// Columns per work item of the ops that write to `dst[index]`.
 const COLS: usize = 256;
@@ -55,20 +55,15 @@ fn by_rows(
     w: usize,
     put: impl Fn(&mut [f32], &[f32]) + Send + Sync + 'static,
 ) {
-    assert!(index.len() >= n && dst.len() >= n * w, "{n} indices and a destination of [{n}, {w}]");
-    let (src, index, dst) = (src.clone(), index.clone(), dst.clone());
-    match s.backend() {
-        Backend::Cpu(s) => s.launch(move |pool| {
-            // SAFETY: launches of one stream run in order; dst is neither src nor index.
-            let (src, index, dst) = unsafe { (src.get::<f32>(), index.get::<u32>(), dst.get_mut::<f32>()) };
-            let per = (CHUNK / w.max(1)).max(1);
-            pool.chunks_mut(&mut dst[..n * w], per * w, |i, d| {
-                for (j, d) in d.chunks_exact_mut(w).enumerate() {
-                    put(d, &src[index[i * per + j] as usize * w..][..w]);
-                }
-            });
-        }),
-    }
+    assert!(dst.len() >= n * w, "a destination of [{n}, {w}]");
+    launch(s, src, index, dst, n, move |pool, src, index, dst| {
+        let per = (CHUNK / w.max(1)).max(1);
+        pool.chunks_mut(&mut dst[..n * w], per * w, |i, d| {
+            for (j, d) in d.chunks_exact_mut(w).enumerate() {
+                put(d, &src[index[i * per + j] as usize * w..][..w]);
+            }
+        });
+    });
 }
 
 fn by_cols(
@@ -80,24 +75,38 @@ fn by_cols(
     w: usize,
     put: impl Fn(&mut [f32], &[f32]) + Send + Sync + 'static,
 ) {
-    assert!(index.len() >= n && src.len() >= n * w, "{n} indices and a source of [{n}, {w}]");
-    let (src, index, dst) = (src.clone(), index.clone(), dst.clone());
+    assert!(src.len() >= n * w, "a source of [{n}, {w}]");
+    launch(s, src, index, dst, n, move |pool, src, index, dst| {
+        let (len, dst) = (dst.len(), SendPtr(dst.as_mut_ptr()));
+        // A few rows are not worth waking a thread.
+        let cols = if n * w <= CHUNK { w } else { COLS };
+        pool.run(w.div_ceil(cols), |item| {
+            let (c, k) = (item * cols, cols.min(w - item * cols));
+            for (src, &to) in src.chunks_exact(w).zip(index) {
+                let at = to as usize * w + c;
+                assert!(at + k <= len, "row {to} of a destination of {} rows", len / w);
+                // SAFETY: in bounds by the assertion; columns c..c+k belong to this item.
+                put(unsafe { std::slice::from_raw_parts_mut(dst.get().add(at), k) }, &src[c..c + k]);
+            }
+        });
+    });
+}
+
+/// Launches `f(pool, src, the first n indices, dst)`.
+fn launch(
+    s: &Stream,
+    src: &Buffer,
+    index: &Buffer,
+    dst: &Buffer,
+    n: usize,
+    f: impl FnOnce(&Pool, &[f32], &[u32], &mut [f32]) + Send + 'static,
+) {
+    let (src, index, dst) = (src.clone(), index.view(0, n), dst.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
             // SAFETY: launches of one stream run in order; dst is neither src nor index.
-            let (src, index, dst) = unsafe { (src.get::<f32>(), index.get::<u32>(), dst.get_mut::<f32>()) };
-            let (len, dst) = (dst.len(), SendPtr(dst.as_mut_ptr()));
-            // A few rows are not worth waking a thread.
-            let cols = if n * w <= CHUNK { w } else { COLS };
-            pool.run(w.div_ceil(cols), |item| {
-                let (c, k) = (item * cols, cols.min(w - item * cols));
-                for (src, &to) in src.chunks_exact(w).zip(&index[..n]) {
-                    let at = to as usize * w + c;
-                    assert!(at + k <= len, "row {to} of a destination of {} rows", len / w);
-                    // SAFETY: in bounds by the assertion; columns c..c+k belong to this item.
-                    put(unsafe { std::slice::from_raw_parts_mut(dst.get().add(at), k) }, &src[c..c + k]);
-                }
-            });
+            let (src, index, dst) = unsafe { (src.get(), index.get(), dst.get_mut()) };
+            f(pool, src, index, dst);
         }),
     }
 }

@@ -92,10 +92,10 @@ pub(crate) fn erf<const FMA: bool>(x: f32) -> f32 {
     if x.is_nan() { x } else { y }
 }
 
-/// The sum of the lanes, by halves: an order that depends on nothing.
+/// The sum of the lanes, a power of two of them, by halves: an order that depends on nothing.
 #[inline(always)]
-pub(crate) fn sum_lanes(mut v: [f32; LANES]) -> f32 {
-    let mut n = LANES / 2;
+pub(crate) fn sum_lanes<const N: usize>(mut v: [f32; N]) -> f32 {
+    let mut n = N / 2;
     while n > 0 {
         for i in 0..n {
             v[i] += v[i + n];

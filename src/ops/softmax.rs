@@ -4,7 +4,7 @@
 //! `logp(id) = (x[id] - max) / T - ln(sum over allowed ids of exp((x - max) / T))`. The sum goes over blocks of 1024
 //! ids: 32 f32 lanes ascending within a block, the blocks ascending in f64.
 
-use super::simd::{exp, madd, multiversion};
+use super::simd::{exp, madd, multiversion, sum_lanes};
 
 /// Ids per partial sum.
 pub(super) const BLOCK: usize = 1024;
@@ -106,19 +106,6 @@ pub(super) fn allowed(row: &[f32], words: &[u32], g: usize) -> [f32; GROUP] {
     v
 }
 
-/// The sum of the lanes, by halves.
-#[inline(always)]
-fn fold(mut v: [f32; GROUP]) -> f32 {
-    let mut n = GROUP / 2;
-    while n > 0 {
-        for i in 0..n {
-            v[i] += v[i + n];
-        }
-        n /= 2;
-    }
-    v[0]
-}
-
 /// The largest allowed logit; NaN is passed over (it shows in the sum).
 #[inline(always)]
 fn largest_body<const FMA: bool>(row: &[f32], forbidden: &[u32]) -> f32 {
@@ -161,7 +148,7 @@ fn block_sum_body<const FMA: bool>(x: &[f32], words: &[u32], max: f32, inv_t: f3
             acc[i] += exp::<FMA>((v[i] - max) * inv_t);
         }
     }
-    fold(acc)
+    sum_lanes(acc)
 }
 multiversion!(fn block_sum(x: &[f32], words: &[u32], max: f32, inv_t: f32) -> f32 = block_sum_body);
 
@@ -178,7 +165,7 @@ fn block_moment_body<const FMA: bool>(x: &[f32], words: &[u32], max: f32, inv_t:
             acc[i] = madd::<FMA>(exp::<FMA>(z), bounded, acc[i]);
         }
     }
-    fold(acc)
+    sum_lanes(acc)
 }
 multiversion!(fn block_moment(x: &[f32], words: &[u32], max: f32, inv_t: f32) -> f32 = block_moment_body);
 

@@ -86,12 +86,17 @@ pub fn evaluate(
 }
 
 impl Setup {
+    /// Runs the episodes of the held-out questions.
+    pub fn held_out(&self, config: &RunConfig) -> Rollouts {
+        Rollouts { options: eval_options(&self.rollouts.options, config), ..self.rollouts.clone() }
+    }
+
     /// Asks the held-out questions after `step` steps and writes down how it went, unless an earlier session has.
     pub(super) fn evaluate(&self, config: &RunConfig, step: u64, keeper: &mut Keeper) -> Result<()> {
         if keeper.evaluated == Some(step) {
             return Ok(());
         }
-        let rollouts = Rollouts { options: eval_options(&self.rollouts.options, config), ..self.rollouts.clone() };
+        let rollouts = self.held_out(config);
         let total = self.eval.len();
         let (scores, jobs, episodes) =
             evaluate(&rollouts, &self.eval, config.run.seed, |done, _| keeper.busy("held-out", done, total))?;

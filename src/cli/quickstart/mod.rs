@@ -4,14 +4,13 @@
 mod warm;
 
 use super::session::{Session, stop_on_signal};
-use super::setup::{Loaded, episode_options};
-use crate::agent::Rollouts;
+use super::setup::Loaded;
 use crate::model::write_atomically;
 use crate::report::{Record, read_metrics};
 use crate::train::RunConfig;
 use crate::train::grpo::{self, Finished};
 use crate::train::learner::Learner;
-use crate::train::run::{Keeper, Scores, eval_options, evaluate};
+use crate::train::run::{Keeper, Scores, evaluate};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -95,9 +94,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     );
     let reference = loaded.reference(&config)?;
     let withheld = || -> Result<Scores> {
-        let mut options = eval_options(&episode_options(&config), &config);
-        options.withhold_images = true;
-        let rollouts = Rollouts { options, ..setup.rollouts.clone() };
+        let mut rollouts = setup.held_out(&config);
+        rollouts.options.withhold_images = true;
         Ok(evaluate(&rollouts, &setup.eval, config.run.seed, |_, _| ())?.0)
     };
     let blind_before = withheld()?;
