@@ -1,8 +1,10 @@
-//! What the machine can do: multiply-adds per second, and bytes read per second.
+//! What the machine can do: multiply-adds per second, and bytes read or copied per second.
+
+#![allow(dead_code)] // a bench takes what it needs of it
 
 use std::hint::black_box;
 use std::time::Instant;
-use varft::device::Pool;
+use varft::device::{Buffer, Device, Pool};
 
 /// Steps of the probe of the multiply-add rate, and its operations per step.
 const STEPS: usize = 20_000;
@@ -107,4 +109,69 @@ pub fn arithmetic(pool: &Pool) {
 pub fn reads(pool: &Pool, data: &[f32], streams: usize) {
     let chunk = CHUNK.min(data.len() / (4 * pool.threads()));
     pool.run(data.len() / chunk, |i| read(&data[i * chunk..][..chunk], streams));
+}
+
+/// Copies `from` to `to` on all threads; past the caches if `streaming`, where the processor can.
+pub fn copies(pool: &Pool, from: &[f32], to: &mut [f32], streaming: bool) {
+    let part = |i: usize, to: &mut [f32]| {
+        let from = &from[i * CHUNK..][..to.len()];
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::*;
+            #[target_feature(enable = "avx2")]
+            fn stream(from: &[f32], to: &mut [f32]) {
+                for (from, to) in from.chunks_exact(8).zip(to.chunks_exact_mut(8)) {
+                    // SAFETY: eight floats each; `to` was checked to begin at a multiple of 32 bytes.
+                    unsafe { _mm256_stream_ps(to.as_mut_ptr(), _mm256_loadu_ps(from.as_ptr())) }
+                }
+                _mm_sfence();
+            }
+            if streaming && to.as_ptr().addr().is_multiple_of(32) && is_x86_feature_detected!("avx2") {
+                // SAFETY: just detected.
+                return unsafe { stream(from, to) };
+            }
+        }
+        to.copy_from_slice(from);
+    };
+    pool.chunks_mut(to, CHUNK, part);
+}
+
+/// What the machine does a second.
+#[derive(Clone, Copy)]
+pub struct Rates {
+    /// Operations of independent multiply-adds, two each.
+    pub flops: f64,
+    /// Bytes read.
+    pub reads: f64,
+    /// Bytes read and bytes written by a copy, together.
+    pub copies: f64,
+}
+
+/// Measures [`Rates`]: each time the best of a few ways and bursts.
+pub struct Probe {
+    pool: Pool,
+    /// No cache holds either. In huge pages, as the weights are.
+    from: Buffer,
+    to: Buffer,
+}
+
+impl Probe {
+    /// On as many threads as `device` has.
+    pub fn new(device: &Device) -> Probe {
+        let memory = || device.upload(&vec![1f32; 64 << 20]);
+        Probe { pool: Pool::new(device.threads()), from: memory(), to: memory() }
+    }
+
+    /// The rates of this moment.
+    pub fn rates(&mut self) -> Rates {
+        let pool = &self.pool;
+        // SAFETY: nobody else has these buffers.
+        let (from, to) = unsafe { (self.from.get::<f32>(), self.to.get_mut::<f32>()) };
+        let least = |times: &mut dyn Iterator<Item = f64>| times.fold(f64::INFINITY, f64::min);
+        let arithmetic = least(&mut (0..20).map(|_| seconds(|| arithmetic(pool))));
+        let read = least(&mut [1, 4].into_iter().map(|streams| seconds(|| reads(pool, from, streams))));
+        let copy = least(&mut [false, true].into_iter().map(|streaming| seconds(|| copies(pool, from, to, streaming))));
+        let bytes = 4.0 * from.len() as f64;
+        Rates { flops: arithmetic_flops(pool) as f64 / arithmetic, reads: bytes / read, copies: 2.0 * bytes / copy }
+    }
 }
