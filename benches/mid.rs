@@ -20,8 +20,8 @@
 mod harness;
 mod limits;
 
-use harness::{Mode, ROUNDS, median};
-use limits::{Probe, seconds};
+use harness::{Mode, ROUNDS};
+use limits::{Probe, Rates, median, seconds};
 use serde_json::json;
 use std::sync::Arc;
 use varft::Result;
@@ -303,15 +303,13 @@ fn table(bench: &mut Bench, only: Option<&str>) -> Result<()> {
         if only.is_some_and(|only| only.replace(':', " ") != name) {
             continue;
         }
-        let [mut times, mut peaks, mut rates] = [const { Vec::new() }; 3];
+        let (mut times, mut rates) = (Vec::new(), Vec::new());
         bench.run(case, batch)?;
         for _ in 0..ROUNDS {
-            let now = probe.rates();
-            peaks.push(now.flops);
-            rates.push(now.reads);
+            rates.push(probe.rates());
             times.push(bench.run(case, batch)?);
         }
-        let [time, peak, rate] = [times, peaks, rates].map(median);
+        let (time, Rates { flops: peak, reads: rate, .. }) = (median(times), Rates::median(&rates));
         let w = Work::of(&bench.config, case, batch);
         // A step of decoding computes while it reads; an update's optimizer follows its products.
         let (arithmetic, memory) = (w.flops / peak, w.bytes / rate);

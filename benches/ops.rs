@@ -14,8 +14,8 @@ mod harness;
 mod limits;
 mod op_cases;
 
-use harness::{Mode, ROUNDS, median};
-use limits::Probe;
+use harness::{Mode, ROUNDS};
+use limits::{Probe, Rates, median};
 use op_cases::{Cases, Prepared};
 use serde_json::json;
 use varft::device::Device;
@@ -24,9 +24,10 @@ use varft::{Error, Result};
 fn table(device: &Device, cases: &Cases, only: Option<&str>) {
     let mut probe = Probe::new(device);
     println!("| op | shape | work | floor ms | ours ms | of the floor |\n|---|---|---|---|---|---|");
-    let mut rates = Vec::new();
+    let mut all_rates = Vec::new();
     for case in cases.all.iter().filter(|c| only.is_none_or(|only| c.op == only)) {
         let mut ready = cases.prepare(case);
+        let mut rates = Vec::new();
         let [mut floors, mut times, mut shares] = [const { Vec::new() }; 3];
         for _ in 0..ROUNDS {
             let now = probe.rates();
@@ -36,25 +37,22 @@ fn table(device: &Device, cases: &Cases, only: Option<&str>) {
             times.push(time);
             shares.push(floor / time);
         }
-        let work = rates.last().map_or(String::new(), |now| case.work.name(now));
         let [floor, time, share] = [floors, times, shares].map(median);
         println!(
-            "| {} | {} | {work} | {:.3} | {:.3} | {:.0}% |",
+            "| {} | {} | {} | {:.3} | {:.3} | {:.0}% |",
             case.op,
             case.shape,
+            case.work.name(&Rates::median(&rates)),
             1e3 * floor,
             1e3 * time,
             100.0 * share
         );
+        all_rates.extend(rates);
     }
-    let of = |f: fn(&limits::Rates) -> f64| median(rates.iter().map(f).collect()) / 1e9;
-    if !rates.is_empty() {
-        println!(
-            "\nMedian rates: {:.0} GFLOP/s, {:.1} GB/s of reads, {:.1} GB/s of copies (read and written).",
-            of(|r| r.flops),
-            of(|r| r.reads),
-            of(|r| r.copies)
-        );
+    if !all_rates.is_empty() {
+        let Rates { flops, reads, copies } = Rates::median(&all_rates);
+        let [flops, reads, copies] = [flops, reads, copies].map(|r| r / 1e9);
+        println!("\nMedians: {flops:.0} GFLOP/s, reads {reads:.1} GB/s, copies {copies:.1} GB/s (read and written).");
     }
 }
 

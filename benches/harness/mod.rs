@@ -38,11 +38,6 @@ impl Mode {
     }
 }
 
-pub fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 /// Says `ready`, then takes a line `case size` and answers a line of JSON, until stdin ends.
 pub fn worker(ready: serde_json::Value, mut run: impl FnMut(&str, &str) -> Result<serde_json::Value>) -> Result<()> {
     let answer = |value: serde_json::Value| {

@@ -147,6 +147,20 @@ pub struct Rates {
     pub copies: f64,
 }
 
+impl Rates {
+    /// The median of each.
+    pub fn median(all: &[Rates]) -> Rates {
+        let of = |f: fn(&Rates) -> f64| median(all.iter().map(f).collect());
+        Rates { flops: of(|r| r.flops), reads: of(|r| r.reads), copies: of(|r| r.copies) }
+    }
+}
+
+/// The middle one of `values`, of which there is at least one.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
 /// Measures [`Rates`]: each time the best of a few ways and bursts.
 pub struct Probe {
     pool: Pool,

@@ -131,13 +131,10 @@ impl Cases {
     pub fn prepare(&self, case: &Case) -> Prepared {
         let sets = (COLD / (case.work.reads + case.work.writes)).ceil().max(1.0) as usize;
         let sets = (0..sets).map(|_| (case.make)(&self.maker)).collect();
-        let mut prepared = Prepared { sets, next: 0, stream: self.maker.stream(), runs: 1 };
-        let mut once = 0.0;
         // The first runs find scratch memory that is not there yet.
-        for _ in 0..3 {
-            once = prepared.seconds();
-        }
-        prepared.runs = (BURST / once).ceil().clamp(1.0, 10_000.0) as usize;
+        let mut prepared = Prepared { sets, next: 0, stream: self.maker.stream(), runs: 3 };
+        let once = prepared.seconds();
+        prepared.runs = (BURST / once).ceil().clamp(2.0, 10_000.0) as usize;
         prepared
     }
 }
@@ -151,15 +148,15 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Seconds of one run, the mean of a burst.
+    /// Seconds of one run: the least of a burst, since other work can only add to it.
     pub fn seconds(&mut self) -> f64 {
-        let total = seconds(|| {
-            for _ in 0..self.runs {
+        let one = || {
+            self.next = (self.next + 1) % self.sets.len();
+            seconds(|| {
                 self.sets[self.next]();
-                self.next = (self.next + 1) % self.sets.len();
-            }
-            self.stream.synchronize().expect("the CPU device finishes its work");
-        });
-        total / self.runs as f64
+                self.stream.synchronize().expect("the CPU device finishes its work");
+            })
+        };
+        std::iter::repeat_with(one).take(self.runs).fold(f64::INFINITY, f64::min)
     }
 }
