@@ -88,6 +88,10 @@ fn read(data: &[f32], streams: usize) {
 /// Floats that a thread reads at a time: a panel of 4096 inputs four times.
 const CHUNK: usize = 4 * 16 * 4096;
 
+/// Floats that a [`Probe`] reads at a time, and of how many such pieces: together four times the last cache.
+const PIECE: usize = 4 << 20;
+const PIECES: usize = 8;
+
 /// How long `f` takes.
 pub fn seconds(f: impl FnOnce()) -> f64 {
     let start = Instant::now();
@@ -172,7 +176,7 @@ pub struct Probe {
 impl Probe {
     /// On as many threads as `device` has.
     pub fn new(device: &Device) -> Probe {
-        let memory = || device.upload(&vec![1f32; 64 << 20]);
+        let memory = || device.upload(&vec![1f32; PIECES * PIECE]);
         Probe { pool: Pool::new(device.threads()), from: memory(), to: memory() }
     }
 
@@ -181,11 +185,16 @@ impl Probe {
         let pool = &self.pool;
         // SAFETY: nobody else has these buffers.
         let (from, to) = unsafe { (self.from.get::<f32>(), self.to.get_mut::<f32>()) };
-        let least = |times: &mut dyn Iterator<Item = f64>| times.fold(f64::INFINITY, f64::min);
-        let arithmetic = least(&mut (0..20).map(|_| seconds(|| arithmetic(pool))));
-        let read = least(&mut [1, 4].into_iter().map(|streams| seconds(|| reads(pool, from, streams))));
-        let copy = least(&mut [false, true].into_iter().map(|streaming| seconds(|| copies(pool, from, to, streaming))));
-        let bytes = 4.0 * from.len() as f64;
+        let least =
+            |times: usize, f: &mut dyn FnMut(usize)| (0..times).map(|i| seconds(|| f(i))).fold(f64::INFINITY, f64::min);
+        let arithmetic = least(200, &mut |_| arithmetic(pool));
+        // Piece after piece, so that a moment without other work is long enough for one.
+        let piece = |i: usize| i % PIECES * PIECE..(i % PIECES + 1) * PIECE;
+        let read = least(4 * PIECES, &mut |i| reads(pool, &from[piece(i)], [1, 4][i / PIECES % 2]));
+        let copy = least(4 * PIECES, &mut |i| {
+            copies(pool, &from[piece(i)], &mut to[piece(i)], (i / PIECES).is_multiple_of(2))
+        });
+        let bytes = 4.0 * PIECE as f64;
         Rates { flops: arithmetic_flops(pool) as f64 / arithmetic, reads: bytes / read, copies: 2.0 * bytes / copy }
     }
 }

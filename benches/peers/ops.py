@@ -17,7 +17,7 @@ args = parser.parse_args()
 
 us = protocol.ours("ops")
 torch = protocol.Worker([args.python, __file__.replace("ops.py", "torch_worker.py")])
-print("| op | shape | floor ms | ours ms | of the floor | torch ms | ratio |\n|---|---|---|---|---|---|---|")
+print("| op | shape | floor ms | ours ms | of the floor | torch ms | ratio |\n|---|---|---|---|---|---|---|", flush=True)
 for case in us.ready["cases"]:
     op, shape = case.split(":")
     if args.only and op not in args.only.split(","):
