@@ -249,10 +249,10 @@ impl Engine {
         let scheduler = Scheduler::new(limits, blocks, vision_rows, options.tokenizer);
         let stats = Arc::new(Mutex::new(Stats::default()));
         let worker = Worker::new(inbox, scheduler, runner, stats.clone(), link.clone());
-        let thread =
-            std::thread::Builder::new().name("varft-engine".into()).spawn(move || run(worker, &link)).map_err(|e| {
-                Error::limit(format!("cannot start the engine's thread: {e}"), "free some memory or threads")
-            })?;
+        let thread = std::thread::Builder::new()
+            .name("varft-engine".into())
+            .spawn(move || run(worker, &link))
+            .map_err(|e| Error::no_thread("the engine's thread", e))?;
         Ok(Engine { client, stats, forbidden, thread: Some(thread) })
     }
 

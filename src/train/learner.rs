@@ -6,10 +6,10 @@ use super::config::Optim;
 use super::optimizer::Update;
 use crate::Result;
 use crate::device::{Buffer, DType, Device, Stream};
+use crate::model::Model;
 use crate::model::train::{self, Activations, GradStore, MemoryPlan, TrainBatch};
-use crate::model::{Config, Model};
 use crate::ops::loss::{self, Kl, LossRows, Objective, Outputs};
-use crate::ops::softmax::forbidden_words;
+use crate::ops::softmax::forbidden_set;
 use std::sync::Arc;
 
 /// Bytes of logits that exist at once: about 1,700 rows of Qwen2.5-VL's vocabulary would be one GiB.
@@ -74,7 +74,7 @@ impl Learner {
             options: options.clone(),
             acts: None,
             logits: loss::Workspace::new(&device, c.vocab_size, c.hidden_size, usize::MAX, LOGIT_BYTES),
-            forbidden: device.upload(&forbidden_set(c, forbidden)),
+            forbidden: device.upload(&forbidden_set(c.vocab_size, forbidden)),
             dhidden: None,
             model,
         }
@@ -164,13 +164,8 @@ impl Learner {
         };
         let results = Outputs::new(&device, entries.len());
         let needed = batch.rows() * c.hidden_size;
-        if self.dhidden.as_ref().is_none_or(|b| b.len() < needed) {
-            self.dhidden = Some(device.alloc(DType::F32, needed));
-        }
-        let dhidden = match &self.dhidden {
-            Some(b) => b.view(0, needed),
-            None => return Ok(()),
-        };
+        let room = self.dhidden.take().filter(|b| b.len() >= needed);
+        let dhidden = self.dhidden.insert(room.unwrap_or_else(|| device.alloc(DType::F32, needed))).view(0, needed);
         s.zero(&dhidden);
         loss::forward_backward(
             &s,
@@ -207,7 +202,7 @@ impl Learner {
 pub fn logprobs(model: &Model, micros: &[MicroBatch], forbidden: &[u32]) -> Result<Vec<f32>> {
     let (device, c) = (model.device(), &model.config);
     let s = device.stream();
-    let forbidden = device.upload(&forbidden_set(c, forbidden));
+    let forbidden = device.upload(&forbidden_set(c.vocab_size, forbidden));
     let logits = loss::Workspace::new(device, c.vocab_size, c.hidden_size, usize::MAX, LOGIT_BYTES);
     let mut acts: Option<Activations> = None;
     let mut all = Vec::new();
@@ -229,13 +224,4 @@ fn loss_rows(device: &Device, batch: &TrainBatch, micro: &MicroBatch) -> LossRow
     let targets: Vec<u32> = e.iter().map(|e| e.target).collect();
     let temperature: Vec<f32> = e.iter().map(|e| e.temperature).collect();
     LossRows::new(device, &rows, &targets, &temperature)
-}
-
-/// The bit set that the loss takes.
-fn forbidden_set(c: &Config, ids: &[u32]) -> Vec<u32> {
-    let mut words = vec![0u32; forbidden_words(c.vocab_size)];
-    for &id in ids {
-        words[id as usize / 32] |= 1 << (id % 32);
-    }
-    words
 }

@@ -3,7 +3,7 @@
 use super::checkpoint::{Checkpoints, TrainState};
 use super::config::RunConfig;
 use super::learner::Learner;
-use crate::agent::{Ending, EpisodeOptions, Episodes, Job, Rollouts, Trajectory, Void};
+use crate::agent::{Ending, EpisodeOptions, Episodes, Job, Partial, Rollouts, Trajectory, Void};
 use crate::engine::{Engine, Sampling};
 use crate::input::Tokenizer;
 use crate::model::SaveOptions;
@@ -50,26 +50,53 @@ pub struct Scores {
     pub void: usize,
 }
 
-/// Asks `examples` once each; no weights move.
+/// What came of an evaluation.
+pub struct Evaluation {
+    /// Scores of the episodes that are complete.
+    pub scores: Scores,
+    /// The questions, one episode each.
+    pub jobs: Vec<Job>,
+    /// Per job: its episode, or nothing where the evaluation ended before it was complete.
+    pub episodes: Episodes,
+    /// Why not all are complete, as [`Partial::ended_by`](crate::agent::Partial::ended_by) has it.
+    pub ended_by: Option<Error>,
+}
+
+impl Evaluation {
+    /// This evaluation, if every question was asked.
+    ///
+    /// # Errors
+    /// What ended it early.
+    pub fn complete(self) -> Result<Evaluation> {
+        match self.ended_by {
+            Some(e) => Err(e),
+            None => Ok(self),
+        }
+    }
+}
+
+/// Asks `examples` once each, or as many as get an answer before `rollouts.stop` is raised or something fails; no weights
+/// move.
 ///
 /// # Errors
-/// As [`Rollouts::run`]; the failure itself where the tool's machinery failed every single episode.
+/// What ended it where no episode was complete by then; the failure itself where the tool's machinery failed every single
+/// episode.
 pub fn evaluate(
     rollouts: &Rollouts,
     examples: &[Arc<Example>],
     seed: u64,
     done: impl FnMut(usize, &Result<Trajectory, Void>),
-) -> Result<(Scores, Vec<Job>, Episodes)> {
+) -> Result<Evaluation> {
     let jobs: Vec<Job> = examples
         .iter()
         .enumerate()
         // Groups of evaluation are numbered apart from those of training, so that no noise is used twice.
         .map(|(i, e)| Job { example: e.clone(), group: (1 << 40) + i as u64, samples: 1 })
         .collect();
-    let episodes = rollouts.run(&jobs, seed, done)?;
+    let Partial { episodes, ended_by } = rollouts.run_as_far_as_it_goes(&jobs, seed, done);
     if !jobs.is_empty() && episodes.iter().flatten().all(Result::is_err) {
-        let first = episodes.into_iter().flatten().find_map(Result::err);
-        return Err(first.map_or_else(|| Error::internal("a job without an episode"), |void| void.error));
+        let first = episodes.into_iter().flatten().find_map(Result::err).map(|void| void.error);
+        return Err(ended_by.or(first).unwrap_or_else(|| Error::internal("a job without an episode")));
     }
     let scored: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
     let n = scored.len().max(1) as f64;
@@ -80,9 +107,9 @@ pub fn evaluate(
         format: mean(&|t| t.reward.format),
         tool_calls: mean(&|t| t.steps.iter().filter(|s| s.tool.is_some()).count() as f64),
         episodes: scored.len(),
-        void: jobs.len() - scored.len(),
+        void: episodes.iter().flatten().filter(|e| e.is_err()).count(),
     };
-    Ok((scores, jobs, episodes))
+    Ok(Evaluation { scores, jobs, episodes, ended_by })
 }
 
 impl Setup {
@@ -93,8 +120,9 @@ impl Setup {
         }
         let rollouts = Rollouts { options: eval_options(&self.rollouts.options, config), ..self.rollouts.clone() };
         let total = self.eval.len();
-        let (scores, jobs, episodes) =
-            evaluate(&rollouts, &self.eval, config.run.seed, |done, _| keeper.busy("held-out", done, total))?;
+        let busy = |done, _: &Result<_, _>| keeper.busy("held-out", done, total);
+        let all = evaluate(&rollouts, &self.eval, config.run.seed, busy)?.complete()?;
+        let Evaluation { scores, jobs, episodes, .. } = all;
         let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
         let mut metrics = episode_metrics(&done, Phase::Eval);
         metrics.push(("eval/void", scores.void as f64));
@@ -351,12 +379,7 @@ fn view(
         question: t.question.clone(),
         answers: t.answers.clone(),
         prediction: t.answer().map(str::to_owned),
-        finish: match &t.ending {
-            Ending::Answered(_) => "answered",
-            Ending::OutOfTurns => "turn limit",
-            Ending::Truncated => "length limit",
-        }
-        .into(),
+        finish: t.ending.name().into(),
         steps,
         f1: t.reward.f1,
         em: t.reward.em,

@@ -81,11 +81,15 @@ fn prepare(
     std::thread::scope(|scope| {
         let parts = numbers.chunks(numbers.len().div_ceil(threads).max(1));
         let parts: Vec<_> = parts
-            .map(|part| scope.spawn(move || part.iter().map(|&i| episode(i)).collect::<Result<Vec<_>>>()))
+            .map(|part| {
+                let work = move || part.iter().map(|&i| episode(i)).collect::<Result<Vec<_>>>();
+                let thread = std::thread::Builder::new().spawn_scoped(scope, work);
+                thread.map_err(|e| Error::no_thread("a thread that prepares episodes", e))
+            })
             .collect();
         let mut all = Vec::with_capacity(numbers.len());
         for part in parts {
-            all.extend(part.join().map_err(|_| Error::internal("the preparation of an episode panicked"))??);
+            all.extend(part?.join().map_err(|_| Error::internal("the preparation of an episode panicked"))??);
         }
         Ok(all)
     })

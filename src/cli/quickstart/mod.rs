@@ -97,7 +97,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let mut options = eval_options(&episode_options(&config), &config);
         options.withhold_images = true;
         let rollouts = Rollouts { options, ..setup.rollouts.clone() };
-        Ok(evaluate(&rollouts, &setup.eval, config.run.seed, |_, _| ())?.0)
+        Ok(evaluate(&rollouts, &setup.eval, config.run.seed, |_, _| ())?.complete()?.scores)
     };
     let blind_before = withheld()?;
     let mut learner = Learner::new(loaded.model.clone(), &config.optim, setup.engine.forbidden());
