@@ -33,7 +33,8 @@ pub enum Finished {
 /// that is killed and resumed takes the same path, bit for bit.
 ///
 /// # Errors
-/// Whatever fails; the run's folder is whole then.
+/// Whatever fails; the run's folder is whole then, and the last complete step is saved, if that can be done and its weights
+/// are still there (they are not where an update failed after another of its step).
 pub fn train(
     config: &RunConfig,
     setup: &Setup,
@@ -53,7 +54,10 @@ pub fn train(
             keeper.save(trainer.learner)?;
             Ok(Finished::Stopped { at: keeper.step() })
         }
-        Err(e) => Err(e),
+        Err(e) => {
+            keeper.save_after_failure(trainer.learner);
+            Err(e)
+        }
     }
 }
 
@@ -91,10 +95,11 @@ impl Trainer<'_> {
                 return Ok(());
             }
             self.step(step, keeper)?;
-            keeper.completed(self.learner)?;
+            keeper.save_if_due(self.learner)?;
         }
     }
 
+    /// Step `step` and what is written down about it.
     fn step(&mut self, step: u64, keeper: &mut Keeper) -> Result<()> {
         let (r, a) = (&self.config.rollout, &self.config.algo);
         let started = Instant::now();
@@ -150,6 +155,7 @@ impl Trainer<'_> {
             paused.weights_changed()?;
             updated?;
         }
+        keeper.completed(self.learner);
         let train_s = started.elapsed().as_secs_f64();
 
         let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();

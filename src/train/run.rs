@@ -5,7 +5,7 @@ use super::config::RunConfig;
 use super::learner::Learner;
 use crate::agent::{Ending, EpisodeOptions, Episodes, Job, Partial, Rollouts, Trajectory, Void};
 use crate::engine::{Engine, Sampling};
-use crate::input::Tokenizer;
+use crate::input::{Detokenizer, Tokenizer};
 use crate::model::SaveOptions;
 use crate::report::view::{EpisodeView, Phase, RewardPart, StepView, TokenView};
 use crate::report::{MetricsLog, Progress, TrajectoryStore, read_metrics};
@@ -149,6 +149,8 @@ pub struct Keeper {
     /// Steps between checkpoints; 0: only when asked.
     every: u64,
     saved: Option<u64>,
+    /// The step whose checkpoint could not be written.
+    unsaved: Option<u64>,
     /// The last step after which the held-out questions were asked.
     evaluated: Option<u64>,
     progress: Progress,
@@ -184,6 +186,7 @@ impl Keeper {
             checkpoints: Checkpoints::new(run_dir, config.log.keep_last),
             every: config.log.checkpoint_every,
             saved: Some(state.step),
+            unsaved: None,
             progress: Progress::new(&state.kind, state.step, config.optim.steps),
             state,
             tokenizer,
@@ -201,10 +204,32 @@ impl Keeper {
         self.progress.busy(format!("{what} {done}/{total}"));
     }
 
-    /// Notes that a step is complete, and writes a checkpoint if one is due.
-    pub(super) fn completed(&mut self, learner: &mut Learner) -> Result<()> {
+    /// Notes that a step's updates are done. What comes after them, such as writing down how it went, may fail without making
+    /// the step any less complete.
+    pub(super) fn completed(&mut self, learner: &mut Learner) {
         self.state.step += 1;
+        self.state.updates = learner.optimizer().updates();
+    }
+
+    /// Writes a checkpoint if one is due after the step reached.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub(super) fn save_if_due(&mut self, learner: &mut Learner) -> Result<()> {
         if self.every > 0 && self.state.step.is_multiple_of(self.every) { self.save(learner) } else { Ok(()) }
+    }
+
+    /// For a run that an error ends: writes a checkpoint of the last complete step, unless there is one, or the weights are no
+    /// longer those after that step because an update of the next one has moved them. A failure is only noted: the error
+    /// that ends the run is the one to report.
+    pub(super) fn save_after_failure(&mut self, learner: &mut Learner) {
+        let optimizer = learner.optimizer();
+        if optimizer.updates() != self.state.updates || optimizer.has_diverged() || self.unsaved == Some(self.step()) {
+            return;
+        }
+        if let Err(e) = self.save(learner) {
+            self.progress.note(&format!("the state after step {} could not be saved: {e}", self.step()));
+        }
     }
 
     /// Writes a checkpoint of the step reached, unless there is one.
@@ -215,7 +240,7 @@ impl Keeper {
         if self.saved == Some(self.state.step) {
             return Ok(());
         }
-        self.state.updates = learner.optimizer().updates();
+        self.unsaved = Some(self.state.step);
         let (model, stream) = (learner.model().clone(), learner.stream().clone());
         let options = SaveOptions { copy: self.companions.clone(), ..Default::default() };
         let optimizer = learner.optimizer();
@@ -223,7 +248,7 @@ impl Keeper {
             model.save(&stream, dir, &options)?;
             optimizer.save(&stream, &model.params, &dir.join(OPTIMIZER_FILE))
         })?;
-        self.saved = Some(self.state.step);
+        (self.saved, self.unsaved) = (Some(self.state.step), None);
         Ok(())
     }
 
@@ -350,14 +375,10 @@ fn view(
     let image = |i: &image::RgbImage| store.image(i.width(), i.height(), i.as_raw()).map(Some);
     let mut steps = Vec::with_capacity(t.steps.len());
     for s in &t.steps {
-        let tokens = s
-            .tokens
-            .clone()
-            .map(|i| TokenView { text: tokenizer.decode(&t.sequence.tokens[i..=i]), logp: t.logprobs[i] });
         steps.push(StepView {
             who: "assistant".into(),
             text: s.text.clone(),
-            tokens: tokens.collect(),
+            tokens: token_views(tokenizer, &t.sequence.tokens[s.tokens.clone()], &t.logprobs[s.tokens.clone()]),
             code: s.tool.as_ref().map(|c| c.code.clone()),
             tool_output: s.tool.as_ref().map(|c| c.output.clone()),
             tool_status: s.tool.as_ref().map(|c| c.status.to_owned()),
@@ -390,4 +411,99 @@ fn view(
         ],
         advantage,
     })
+}
+
+/// Tokens with their text. A character whose bytes are spread over tokens stands, with what else these say, at the first of
+/// them, and the others have no text.
+fn token_views(tokenizer: &Tokenizer, ids: &[u32], logprobs: &[f32]) -> Vec<TokenView> {
+    let mut views: Vec<TokenView> = logprobs.iter().map(|&logp| TokenView { text: String::new(), logp }).collect();
+    let (mut stream, mut first) = (Detokenizer::new(), 0);
+    for (i, &id) in ids.iter().enumerate() {
+        views[first].text += &stream.push(tokenizer, id);
+        if stream.is_whole() {
+            first = i + 1;
+        }
+    }
+    if let Some(cut_short) = views.get_mut(first) {
+        cut_short.text += &stream.finish();
+    }
+    views
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::batch::{Entry, MicroBatch};
+    use super::super::learner::Goal;
+    use super::*;
+    use crate::device::Device;
+    use crate::input::Prompt;
+    use crate::model::train::Group;
+    use crate::model::{LoadOptions, Model, Preset};
+
+    fn tokenizer() -> Tokenizer {
+        Tokenizer::from_bytes(include_bytes!("../cli/tiny/tokenizer.json"), "the tiny tokenizer").unwrap()
+    }
+
+    #[test]
+    fn tokens_of_one_character_have_its_text_together() {
+        let tokenizer = tokenizer();
+        let view = |ids: &[u32]| -> Vec<String> {
+            let logprobs: Vec<f32> = (0..ids.len()).map(|i| -(i as f32)).collect();
+            let views = token_views(&tokenizer, ids, &logprobs);
+            assert_eq!(views.iter().map(|v| v.logp).collect::<Vec<_>>(), logprobs);
+            views.into_iter().map(|v| v.text).collect()
+        };
+        let ids = tokenizer.encode("a😀字b").unwrap();
+        let shown = view(&ids);
+        assert!(ids.len() > 4, "characters of several tokens: {ids:?}");
+        assert_eq!(shown.iter().filter(|t| !t.is_empty()).collect::<Vec<_>>(), ["a", "😀", "字", "b"]);
+        let cut = view(&ids[..2]);
+        assert_eq!(cut, ["a", "\u{fffd}"], "a character that the limit on tokens cut in two");
+        assert_eq!(view(&[]), [""; 0]);
+    }
+
+    #[test]
+    fn after_a_failure_whole_steps_are_saved_and_halves_are_not() {
+        let (dir, device) = (tempfile::tempdir().unwrap(), Device::cpu(1));
+        let model = Arc::new(Model::random(Preset::Tiny.config(), 3, &device, &LoadOptions::default()).unwrap());
+        let config = RunConfig::read(None, &["log.checkpoint_every=0".into()]).unwrap();
+        let mut learner = Learner::new(model, &config.optim, &[]);
+        let state = TrainState { kind: "train".into(), step: 0, updates: 0, seed: 0 };
+        let mut keeper = Keeper::open(dir.path(), &config, state, Arc::new(tokenizer()), Vec::new()).unwrap();
+        let text = Prompt::from_tokens(vec![1, 2, 3]);
+        let entry = Entry {
+            group: 0,
+            completion: 0,
+            index: 1,
+            target: 2,
+            temperature: 1.0,
+            old_logp: 0.0,
+            advantage: 0.0,
+            weight: 1.0,
+        };
+        let mut micro = MicroBatch::default();
+        micro.groups.push(Group { prompt: text.clone(), completions: vec![text] });
+        micro.entries.push(entry);
+        let mut update = |learner: &mut Learner| {
+            let (_, update) = learner.update(std::slice::from_ref(&micro), Goal::Nll, None, 1e-3).unwrap();
+            assert!(update.applied);
+        };
+        let saved = || Checkpoints::new(dir.path(), 0).latest().unwrap().0.map(|c| c.state.step);
+        update(&mut learner);
+        keeper.save_after_failure(&mut learner);
+        assert_eq!(saved(), None, "the first update of several");
+        update(&mut learner);
+        keeper.completed(&mut learner);
+        keeper.save_after_failure(&mut learner);
+        assert_eq!(saved(), Some(1), "between steps");
+        update(&mut learner);
+        keeper.save_after_failure(&mut learner);
+        assert_eq!(saved(), Some(1), "half of the second step");
+        keeper.completed(&mut learner);
+        std::fs::remove_dir_all(dir.path().join("checkpoints")).unwrap();
+        std::fs::write(dir.path().join("checkpoints"), "in the way").unwrap();
+        assert!(keeper.save(&mut learner).is_err());
+        // Noted, and no panic and no second attempt.
+        keeper.save_after_failure(&mut learner);
+    }
 }
