@@ -132,7 +132,7 @@ impl Model {
         match *readers {
             0 => Ok(readers),
             n => Err(Error::input(
-                format!("these weights cannot be moved: they are being read ({n} engine at work on this model)"),
+                format!("these weights cannot be moved: they are being read (engines at work on this model: {n})"),
                 "hold the guard of Engine::pause during the update, and tell it weights_changed; or drop the engine",
             )),
         }

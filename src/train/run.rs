@@ -484,7 +484,7 @@ mod tests {
         let mut micro = MicroBatch::default();
         micro.groups.push(Group { prompt: text.clone(), completions: vec![text] });
         micro.entries.push(entry);
-        let mut update = |learner: &mut Learner| {
+        let update = |learner: &mut Learner| {
             let (_, update) = learner.update(std::slice::from_ref(&micro), Goal::Nll, None, 1e-3).unwrap();
             assert!(update.applied);
         };
