@@ -76,6 +76,11 @@ impl Error {
     pub fn limit(what: impl Into<String>, mend: impl Into<String>) -> Self {
         Error::Limit { what: what.into(), mend: mend.into() }
     }
+    /// The [`Error::Limit`] of a thread that the system refused; `what`: whose thread, as in `the engine's thread`.
+    pub fn no_thread(what: &str, source: std::io::Error) -> Self {
+        let mend = "free some memory, or raise the limit on this user's processes (ulimit -u)";
+        Error::limit(format!("cannot start {what}: {source}"), mend)
+    }
     /// An [`Error::Internal`].
     pub fn internal(what: impl Into<String>) -> Self {
         Error::Internal(what.into())

@@ -59,6 +59,14 @@ pub type See = dyn Fn(&Arc<RgbImage>) -> Result<Arc<Image>> + Send + Sync;
 /// What came of each sample of each job.
 pub type Episodes = Vec<Vec<Result<Trajectory, Void>>>;
 
+/// Episodes that may have ended before all of them were complete.
+pub struct Partial {
+    /// What is complete, per job, in the order of the jobs and of the samples; samples that are not are missing.
+    pub episodes: Episodes,
+    /// Why some are missing: [`Error::Cancelled`] when `stop` was raised, or the failure that ended the work. `None`: none is.
+    pub ended_by: Option<Error>,
+}
+
 /// How often the flag that stops the work is looked at.
 const WATCH: Duration = Duration::from_millis(100);
 /// How often an episode that the machinery failed is tried again.
@@ -97,12 +105,18 @@ impl Rollouts {
     /// # Errors
     /// [`Error::Cancelled`] when `stop` was raised, and failures of the engine. A failure of a tool's machinery is tried
     /// again, then gives a [`Void`] in that episode's place.
-    pub fn run(
+    pub fn run(&self, jobs: &[Job], seed: u64, done: impl FnMut(usize, &Result<Trajectory, Void>)) -> Result<Episodes> {
+        let Partial { episodes, ended_by } = self.run_as_far_as_it_goes(jobs, seed, done);
+        ended_by.map_or(Ok(episodes), Err)
+    }
+
+    /// [`run`](Self::run) that keeps what is complete when the work ends early.
+    pub fn run_as_far_as_it_goes(
         &self,
         jobs: &[Job],
         seed: u64,
         mut done: impl FnMut(usize, &Result<Trajectory, Void>),
-    ) -> Result<Episodes> {
+    ) -> Partial {
         let mut results: Vec<Vec<Option<Result<Trajectory, Void>>>> =
             jobs.iter().map(|j| (0..j.samples).map(|_| None).collect()).collect();
         let queue = Queue::default();
@@ -114,7 +128,7 @@ impl Rollouts {
             for _ in 0..self.concurrency.clamp(1, total.max(1)) {
                 let send = send.clone();
                 let (queue, failed) = (&queue, &failed);
-                scope.spawn(move || {
+                let work = move || {
                     while !failed.load(Ordering::Relaxed) && !self.stop.load(Ordering::Relaxed) {
                         let Some((job, sample, conversation)) = self.take(jobs, queue) else { break };
                         let result = conversation.and_then(|c| {
@@ -124,7 +138,12 @@ impl Rollouts {
                             break;
                         }
                     }
-                });
+                };
+                if let Err(e) = std::thread::Builder::new().spawn_scoped(scope, work) {
+                    failed.store(true, Ordering::Relaxed);
+                    failure = Some(Error::no_thread("a thread for episodes (rollout.concurrency)", e));
+                    break;
+                }
             }
             drop(send);
             let mut finished = 0;
@@ -150,14 +169,12 @@ impl Rollouts {
                 }
             }
         });
-        if let Some(e) = failure {
-            return Err(e);
+        let whole = results.iter().flatten().all(Option::is_some);
+        let stopped = || Error::Cancelled("the rollouts were asked to stop".into());
+        Partial {
+            episodes: results.into_iter().map(|g| g.into_iter().flatten().collect()).collect(),
+            ended_by: failure.or_else(|| (!whole).then(stopped)),
         }
-        results
-            .into_iter()
-            .map(|g| g.into_iter().collect::<Option<Vec<_>>>())
-            .collect::<Option<Vec<_>>>()
-            .ok_or_else(|| Error::Cancelled("the rollouts were asked to stop".into()))
     }
 
     /// The next conversation to run: one that a group's opening left waiting, else the first of the next group.

@@ -29,6 +29,17 @@ pub enum Ending {
     Truncated,
 }
 
+impl Ending {
+    /// The name under which records and reports know it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Ending::Answered(_) => "answered",
+            Ending::OutOfTurns => "turn limit",
+            Ending::Truncated => "length limit",
+        }
+    }
+}
+
 /// What a tool call did.
 #[derive(Clone, Debug)]
 pub struct ToolUse {

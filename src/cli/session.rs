@@ -182,7 +182,12 @@ impl Session {
                 self.resume_command
             ))),
             Err(e) => {
-                note!("the run is as its last checkpoint has it; to go on: {}", self.resume_command);
+                // A folder that cannot be listed must not hide the error that ended the run.
+                let saved = match Checkpoints::new(&self.dir, 0).latest().ok().and_then(|(newest, _)| newest) {
+                    Some(c) => format!("the run is saved as it was after step {}; to go on", c.state.step),
+                    None => "no step of the run is saved; to begin again".to_owned(),
+                };
+                note!("{saved}: {}", self.resume_command);
                 Err(e)
             }
         }

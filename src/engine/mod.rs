@@ -159,6 +159,7 @@ impl Client {
 
 /// A model at work. Dropping it stops its thread; what is then still being sampled ends with an error.
 pub struct Engine {
+    model: Arc<Model>,
     client: Arc<Client>,
     stats: Arc<Mutex<Stats>>,
     forbidden: Vec<u32>,
@@ -249,11 +250,14 @@ impl Engine {
         let scheduler = Scheduler::new(limits, blocks, vision_rows, options.tokenizer);
         let stats = Arc::new(Mutex::new(Stats::default()));
         let worker = Worker::new(inbox, scheduler, runner, stats.clone(), link.clone());
-        let thread =
-            std::thread::Builder::new().name("varft-engine".into()).spawn(move || run(worker, &link)).map_err(|e| {
-                Error::limit(format!("cannot start the engine's thread: {e}"), "free some memory or threads")
-            })?;
-        Ok(Engine { client, stats, forbidden, thread: Some(thread) })
+        model.begin_reading();
+        match std::thread::Builder::new().name("varft-engine".into()).spawn(move || run(worker, &link)) {
+            Ok(thread) => Ok(Engine { model, client, stats, forbidden, thread: Some(thread) }),
+            Err(e) => {
+                model.end_reading();
+                Err(Error::no_thread("the engine's thread", e))
+            }
+        }
     }
 
     /// Submits a request; one handle for each of its samples.
@@ -291,12 +295,14 @@ impl Engine {
     }
 
     /// Waits until the device is idle and holds the engine still until the guard is dropped. Sessions and turns keep
-    /// their tokens and go on afterwards. Requests made meanwhile wait.
+    /// their tokens and go on afterwards. Requests made meanwhile wait. Only now may the model's weights move:
+    /// [`Learner::update`](crate::train::learner::Learner::update) is refused beside an engine that is not paused.
     pub fn pause(&self) -> Result<Paused<'_>> {
         let (idle, acknowledged) = channel();
         let (hold, release): (Sender<()>, Receiver<()>) = channel();
         self.client.send(Command::Pause { idle, release })?;
         acknowledged.recv().map_err(|_| self.client.link.stopped())?;
+        self.model.end_reading();
         Ok(Paused { engine: self, hold })
     }
 
@@ -323,6 +329,7 @@ impl Drop for Engine {
         if let Some(t) = self.thread.take() {
             let _ = t.join();
         }
+        self.model.end_reading();
     }
 }
 
@@ -358,6 +365,13 @@ impl Paused<'_> {
     /// If the engine has ended.
     pub fn weights_changed(&self) -> Result<()> {
         self.hold.send(()).map_err(|_| self.engine.client.link.stopped())
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        // Before the engine is let go, so that nobody takes the weights in between.
+        self.engine.model.begin_reading();
     }
 }
 

@@ -300,6 +300,11 @@ impl Detokenizer {
         out
     }
 
+    /// Whether all ids so far have become text: no character is waiting for the rest of its bytes.
+    pub fn is_whole(&self) -> bool {
+        self.pending.is_empty()
+    }
+
     /// Ends the stream: what is left of an incomplete character, as U+FFFD.
     pub fn finish(self) -> String {
         String::from_utf8_lossy(&self.pending).into_owned()

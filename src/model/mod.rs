@@ -33,6 +33,7 @@ use crate::ops::kv_cache::KvCache;
 use crate::ops::patch_embed::Normalize;
 use crate::{Error, Result};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// How to make or read a model.
 #[derive(Clone, Copy, Debug, Default)]
@@ -56,6 +57,8 @@ pub struct Model {
     /// What pixels become before the patch embedding.
     pub normalize: Normalize,
     device: Device,
+    /// Engines that read the weights at present. Held locked while the weights move.
+    readers: Mutex<usize>,
 }
 
 impl Model {
@@ -64,7 +67,7 @@ impl Model {
         let vision = params.vision(&config, &params.flat);
         let vision = vision.ok_or_else(|| Error::internal("the store has no vision tower"))?;
         let normalize = Normalize::new(images.mean, images.std);
-        Ok(Model { config, params, text, vision, normalize, device: device.clone() })
+        Ok(Model { config, params, text, vision, normalize, device: device.clone(), readers: Mutex::new(0) })
     }
 
     /// Reads a Hugging Face folder: `config.json`, and `model.safetensors` or shards with their index; pixels are normalised
@@ -108,6 +111,35 @@ impl Model {
     /// The device it lives on.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Notes that an engine begins to read the weights, or goes on after a pause; waits while they are being moved.
+    pub(crate) fn begin_reading(&self) {
+        *self.readers() += 1;
+    }
+
+    /// Takes back one [`begin_reading`](Self::begin_reading).
+    pub(crate) fn end_reading(&self) {
+        *self.readers() -= 1;
+    }
+
+    /// Takes the weights for somebody who moves them in place; no engine reads them until the guard is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Input`] while an engine is at work on them.
+    pub(crate) fn take_weights(&self) -> Result<MutexGuard<'_, usize>> {
+        let readers = self.readers();
+        match *readers {
+            0 => Ok(readers),
+            n => Err(Error::input(
+                format!("these weights cannot be moved: they are being read (engines at work on this model: {n})"),
+                "hold the guard of Engine::pause during the update, and tell it weights_changed; or drop the engine",
+            )),
+        }
+    }
+
+    fn readers(&self) -> MutexGuard<'_, usize> {
+        self.readers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A KV cache of `blocks` pages for this shape.

@@ -44,6 +44,16 @@ pub fn forbidden_words(v: usize) -> usize {
     v.div_ceil(GROUP)
 }
 
+/// The set of `ids` over `v` ids, in the words that [`forbidden_words`] describes. Panics if an id is not below `v`.
+pub fn forbidden_set(v: usize, ids: &[u32]) -> Vec<u32> {
+    let mut words = vec![0; forbidden_words(v)];
+    for &id in ids {
+        assert!((id as usize) < v, "id {id} of a vocabulary of {v}");
+        words[id as usize / GROUP] |= 1 << (id as usize % GROUP);
+    }
+    words
+}
+
 /// Whether `id` is in the set.
 pub fn is_forbidden(forbidden: &[u32], id: usize) -> bool {
     forbidden[id / GROUP] >> (id % GROUP) & 1 == 1
@@ -194,8 +204,9 @@ mod tests {
         for v in [1, 31, 32, 33, 1000, 1024, 5003] {
             for t in [0.3f32, 1.0, 2.5] {
                 let row: Vec<f32> = noise(v, 7).iter().map(|x| x * 20.0 + 300.0).collect();
-                let mut forbidden = vec![0u32; forbidden_words(v)];
-                (0..v).filter(|i| i % 7 == 3).for_each(|i| forbidden[i / 32] |= 1 << (i % 32));
+                let ids: Vec<u32> = (0..v as u32).filter(|i| i % 7 == 3).collect();
+                let forbidden = forbidden_set(v, &ids);
+                assert!((0..v).all(|i| is_forbidden(&forbidden, i) == (i % 7 == 3)));
                 let got = log_sum_exp(&row, t, &forbidden);
                 let allowed = || (0..v).filter(|&i| !is_forbidden(&forbidden, i)).map(|i| row[i] as f64 / t as f64);
                 let top = allowed().fold(f64::MIN, f64::max);

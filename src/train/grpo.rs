@@ -33,8 +33,9 @@ pub enum Finished {
 /// that is killed and resumed takes the same path, bit for bit.
 ///
 /// # Errors
-/// [`Error::Input`] where `algo.beta` is not 0 and there is no reference; whatever fails later, and the run's folder is whole
-/// then.
+/// [`Error::Input`] where `algo.beta` is not 0 and there is no reference. Whatever fails later; the run's folder is whole then,
+/// and the last complete step is saved, if that can be done and its weights are still there (they are not where an update
+/// failed after another of its step).
 pub fn train(
     config: &RunConfig,
     setup: &Setup,
@@ -60,7 +61,10 @@ pub fn train(
             keeper.save(trainer.learner)?;
             Ok(Finished::Stopped { at: keeper.step() })
         }
-        Err(e) => Err(e),
+        Err(e) => {
+            keeper.save_after_failure(trainer.learner);
+            Err(e)
+        }
     }
 }
 
@@ -98,10 +102,11 @@ impl Trainer<'_> {
                 return Ok(());
             }
             self.step(step, keeper)?;
-            keeper.completed(self.learner)?;
+            keeper.save_if_due(self.learner)?;
         }
     }
 
+    /// Step `step` and what is written down about it.
     fn step(&mut self, step: u64, keeper: &mut Keeper) -> Result<()> {
         let (r, a) = (&self.config.rollout, &self.config.algo);
         let started = Instant::now();
@@ -157,6 +162,7 @@ impl Trainer<'_> {
             paused.weights_changed()?;
             updated?;
         }
+        keeper.completed(self.learner);
         let train_s = started.elapsed().as_secs_f64();
 
         let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();

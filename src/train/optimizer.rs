@@ -43,9 +43,15 @@ impl Optimizer {
         Optimizer { m: params.mirror(device), v: params.mirror(device), norm, updates: 0, skipped_in_a_row: 0 }
     }
 
-    /// Updates taken so far.
+    /// Updates taken so far; the count rises before any parameter moves.
     pub fn updates(&self) -> u64 {
         self.updates
+    }
+
+    /// Whether so many updates in a row could not be taken that [`step`](Self::step) has given up: the parameters, though
+    /// they did not move, are then nothing to go on from.
+    pub fn has_diverged(&self) -> bool {
+        self.skipped_in_a_row >= SKIPS_ALLOWED
     }
 
     /// One update at rate `lr` from `grads` (a mirror of the trainable parameters): they are scaled down to

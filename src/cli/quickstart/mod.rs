@@ -96,7 +96,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let withheld = || -> Result<Scores> {
         let mut rollouts = setup.held_out(&config);
         rollouts.options.withhold_images = true;
-        Ok(evaluate(&rollouts, &setup.eval, config.run.seed, |_, _| ())?.0)
+        Ok(evaluate(&rollouts, &setup.eval, config.run.seed, |_, _| ())?.complete()?.scores)
     };
     let blind_before = withheld()?;
     let mut learner = Learner::new(loaded.model.clone(), &config.optim, setup.engine.forbidden());

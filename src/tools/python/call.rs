@@ -88,6 +88,8 @@ impl Ended {
 enum Stopped {
     Output,
     Cpu,
+    /// At the limit by the clock, and it was not the machine that held it up.
+    Resting,
     Wall,
 }
 
@@ -134,6 +136,7 @@ pub(super) fn run(zygote: &Zygote, call: &ToolCall, number: u64) -> Result<ToolR
         out: Capture::new(out, call.limits.output),
         err: Capture::new(err, call.limits.output),
         started: false,
+        child: None,
         clock: None,
         cpu_limit: call.limits.cpu,
         stopped: None,
@@ -187,6 +190,8 @@ struct Watch {
     err: Capture,
     /// The child's limits hold and the model's code has begun: from then on what happens to it is the code's doing.
     started: bool,
+    /// The child's process id, once the model's code has begun, and when that was.
+    child: Option<(i32, Instant)>,
     /// The child's processor time.
     clock: Option<sys::CpuClock>,
     cpu_limit: Duration,
@@ -216,7 +221,8 @@ impl Watch {
                 if self.stopped.is_some() {
                     return Err(format!("it did not end a call within {PATIENCE:?} of being told to"));
                 }
-                self.stop(Stopped::Wall, &mut deadline);
+                let rests = self.child.is_some_and(|(pid, begun)| sys::rests(pid, begun.elapsed()));
+                self.stop(if rests { Stopped::Resting } else { Stopped::Wall }, &mut deadline);
             }
             for (bit, capture) in [(2, &mut self.out), (4, &mut self.err)] {
                 if ready & bit != 0 {
@@ -233,7 +239,9 @@ impl Watch {
                     b"" => return Err("it died during a call".into()),
                     [b's', b't', b'a', b'r', b't', b'e', b'd', pid @ ..] => {
                         self.started = true;
-                        self.clock = pid.try_into().ok().and_then(|pid| sys::CpuClock::of(i32::from_ne_bytes(pid)));
+                        let pid = pid.try_into().ok().map(i32::from_ne_bytes);
+                        self.child = pid.map(|pid| (pid, Instant::now()));
+                        self.clock = pid.and_then(sys::CpuClock::of);
                     }
                     message => match Ended::parse(message) {
                         Some(ended) => {
@@ -323,7 +331,12 @@ fn interpret(
         Some(Stopped::Output) => return none(Outcome::OutputLimit),
         Some(_) if !killed => {} // it ended by itself just before it was to be stopped
         Some(Stopped::Cpu) => return none(Outcome::CpuLimit),
-        Some(Stopped::Wall) if used_up => return none(Outcome::CpuLimit),
+        Some(Stopped::Wall | Stopped::Resting) if used_up => return none(Outcome::CpuLimit),
+        // Else code could wait until its episode counts nowhere, rather than fail.
+        Some(Stopped::Resting) => {
+            let what = format!("The code waited without computing and was stopped after {:?}.", call.limits.wall);
+            return none(Outcome::ProgramError(what));
+        }
         Some(Stopped::Wall) => {
             return Err(Failure::Final(format!(
                 "a call was not done after {:?} by the clock, of which {:?} were processor time: \
@@ -446,6 +459,8 @@ mod tests {
         let wall = Some(Stopped::Wall);
         assert!(matches!(outcome(ended(libc::SIGKILL, 2, 0, false), wall, ""), Err(Failure::Final(_))));
         assert_eq!(outcome(ended(libc::SIGKILL, 10, 0, false), wall, "").unwrap(), Outcome::CpuLimit);
+        let rested = outcome(ended(libc::SIGKILL, 0, 0, false), Some(Stopped::Resting), "").unwrap();
+        assert_eq!(rested.message(), "The code waited without computing and was stopped after 120s.");
         assert_eq!(
             outcome(ended(libc::SIGKILL, 0, 0, false), Some(Stopped::Output), "").unwrap(),
             Outcome::OutputLimit
