@@ -82,6 +82,7 @@ fn bad_tokenizers_are_named_with_a_mend() {
     for (text, expected) in [
         (tiny[..tiny.len() / 2].to_owned(), "not a tokenizer.json"),
         ("{}".to_owned(), "not a tokenizer.json"),
+        (tiny.replacen(r#""decoder": {"type""#, r#""decoder": {"typo""#, 1), "not a tokenizer.json"),
         (tiny.replace("<|image_pad|>", "<|picture|>"), "no <|image_pad|> token"),
     ] {
         std::fs::write(dir.path().join("tokenizer.json"), text).unwrap();
