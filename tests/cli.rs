@@ -330,6 +330,27 @@ fn ctrl_c_keeps_the_episodes_that_are_complete() {
     assert!(stdout(&o).contains(&format!("{n} episodes")) && Path::new(&at("rollout/report.html")).is_file());
 }
 
+#[test]
+fn a_quickstart_that_was_interrupted_is_a_run_like_any_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("quick").to_str().unwrap().to_string();
+    let small =
+        ["task.eval_items=4", "rollout.prompts=2", "rollout.group_size=2", "optim.steps=12", "log.eval_every=12"];
+    let o = interrupted(&with_sets(&["quickstart", "--out", &run], &small), "train 1/12");
+    let said = stderr(&o);
+    assert_eq!(o.status.code(), Some(1), "{said}");
+    let resume =
+        said.lines().find_map(|l| l.trim().strip_prefix("to go on: varft ")).unwrap_or_else(|| panic!("{said}"));
+    let o = varft(&resume.split(' ').collect::<Vec<_>>());
+    assert!(o.status.success(), "{}", stderr(&o));
+    let last = lines(&format!("{run}/metrics.jsonl")).pop().unwrap();
+    assert_eq!(last["step"], 12, "{last}");
+    // And it can be read, and changed, as a run file.
+    let out = dir.path().join("eval").to_str().unwrap().to_string();
+    let o = varft(&["eval", &run, "--out", &out]);
+    assert!(o.status.success(), "{}", stderr(&o));
+}
+
 /// Talks to a model through a pipe.
 fn chat(args: &[&str], said: &str) -> Output {
     use std::io::Write;

@@ -10,7 +10,7 @@ use crate::report::{Record, read_metrics};
 use crate::train::RunConfig;
 use crate::train::grpo::{self, Finished};
 use crate::train::learner::Learner;
-use crate::train::run::{Keeper, Scores, evaluate};
+use crate::train::run::{Scores, evaluate};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -100,8 +100,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     };
     let blind_before = withheld()?;
     let mut learner = Learner::new(loaded.model.clone(), &config.optim, setup.engine.forbidden());
-    let mut keeper =
-        Keeper::open(&out, &config, session.state.clone(), loaded.tokenizer.clone(), loaded.companions.clone())?;
+    let mut keeper = session.keeper(&config, &loaded)?;
     let finished = grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper);
     drop(keeper);
     if !matches!(finished, Ok(Finished::Complete)) {
