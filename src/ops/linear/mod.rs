@@ -19,9 +19,9 @@ pub(super) mod transpose;
 
 pub use kernel::PANEL;
 
+use super::simd::Isa;
 use crate::device::{Backend, Buffer, Pool, SendPtr, Stream};
 use gemm::{Left, Out, Product, SLAB, spread, with_scratch};
-use kernel::Isa;
 use transpose::{ABREAST, gather_abreast, gather_rows, transpose};
 
 /// A packed weight, trainable or not.
