@@ -210,7 +210,7 @@ const SIDE: usize = 4;
 /// multiple of [`PANEL`].
 const PART: usize = 4096;
 /// Rows of a batch that [`backward_weight`] takes at a time, for the same reason.
-const BATCH: usize = 512;
+pub(super) const BATCH: usize = 512;
 
 /// `dW += dy[m, n]^T x[m, k]`, `dw` packed like the weight: sums over ascending rows that start from `dw`.
 ///
