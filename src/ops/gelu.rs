@@ -63,7 +63,7 @@ multiversion!(fn apply_backward(x: &[f32], dy: &[f32], dx: &mut [f32]) = apply_b
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{close, devices, noise};
+    use super::super::testing::{close, devices, noise, same_on_every_isa};
     use super::*;
     use crate::device::DType;
 
@@ -97,5 +97,18 @@ mod tests {
             close(&got.1, &dx, 2e-6);
             assert_eq!(*first.get_or_insert(got.clone()), got);
         }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let n = 9001;
+        let x: Vec<f32> = noise(n, 1).iter().map(|x| x * 9.0).collect();
+        same_on_every_isa(|d| {
+            let (s, x, dy) = (d.stream(), d.upload(&x), d.upload(&noise(n, 2)));
+            let (y, dx) = (d.alloc(DType::F32, n), d.alloc(DType::F32, n));
+            forward(&s, &x, &y, n);
+            backward(&s, &x, &dy, &dx, n);
+            [y, dx].map(|b| s.read::<f32>(&b).wait().unwrap()).concat()
+        });
     }
 }

@@ -137,7 +137,7 @@ multiversion!(fn weight_gradient(x: &[f32], dy: &[f32], k: &[f32], col: usize, c
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{close, devices, noise};
+    use super::super::testing::{close, devices, noise, same_on_every_isa};
     use super::*;
     use crate::device::DType;
 
@@ -198,6 +198,20 @@ mod tests {
                 backward(&s, &xb, &wb, EPS, &dyb, &frozen, None, rows, cols);
                 assert_eq!(s.read::<f32>(&frozen).wait().unwrap(), got.0);
             }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        for (rows, cols) in SHAPES {
+            same_on_every_isa(|d| {
+                let (s, n) = (d.stream(), rows * cols);
+                let [x, w, dy] = [(n, 1), (cols, 2), (n, 3)].map(|(n, seed)| d.upload(&noise(n, seed)));
+                let [y, dx, dw] = [n, n, cols].map(|n| d.zeros(DType::F32, n));
+                forward(&s, &x, &w, EPS, &y, rows, cols);
+                backward(&s, &x, &w, EPS, &dy, &dx, Some(&dw), rows, cols);
+                [y, dx, dw].map(|b| s.read::<f32>(&b).wait().unwrap()).concat()
+            });
         }
     }
 }

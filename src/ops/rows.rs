@@ -42,7 +42,7 @@ pub fn add(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
     }
 }
 
-fn add_slice(d: &mut [f32], s: &[f32]) {
+pub(super) fn add_slice(d: &mut [f32], s: &[f32]) {
     d.iter_mut().zip(s).for_each(|(d, s)| *d += s);
 }
 

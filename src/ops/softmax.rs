@@ -116,6 +116,9 @@ pub(super) fn allowed(row: &[f32], words: &[u32], g: usize) -> [f32; GROUP] {
     v
 }
 
+// Groups go through memory, where registers of AVX-512 were slower (sampling with a temperature by a third): the bodies
+// here use AVX2 at most.
+
 /// The largest allowed logit; NaN is passed over (it shows in the sum).
 #[inline(always)]
 fn largest_body<const FMA: bool>(row: &[f32], forbidden: &[u32]) -> f32 {
@@ -128,7 +131,7 @@ fn largest_body<const FMA: bool>(row: &[f32], forbidden: &[u32]) -> f32 {
     }
     acc.into_iter().fold(f32::NEG_INFINITY, f32::max)
 }
-multiversion!(fn largest(row: &[f32], forbidden: &[u32]) -> f32 = largest_body);
+multiversion!(fn largest(row: &[f32], forbidden: &[u32]) -> f32 = largest_body, "avx2,fma");
 
 #[inline(always)]
 fn group_maxima_body<const FMA: bool>(row: &[f32], forbidden: &[u32], tops: &mut [f32]) {
@@ -146,7 +149,7 @@ fn group_maxima_body<const FMA: bool>(row: &[f32], forbidden: &[u32], tops: &mut
 }
 multiversion!(
     /// The largest allowed logit of each group; there is no NaN in the row.
-    pub(super) fn group_maxima(row: &[f32], forbidden: &[u32], tops: &mut [f32]) = group_maxima_body
+    pub(super) fn group_maxima(row: &[f32], forbidden: &[u32], tops: &mut [f32]) = group_maxima_body, "avx2,fma"
 );
 
 #[inline(always)]
@@ -160,7 +163,7 @@ fn block_sum_body<const FMA: bool>(x: &[f32], words: &[u32], max: f32, inv_t: f3
     }
     sum_lanes(acc)
 }
-multiversion!(fn block_sum(x: &[f32], words: &[u32], max: f32, inv_t: f32) -> f32 = block_sum_body);
+multiversion!(fn block_sum(x: &[f32], words: &[u32], max: f32, inv_t: f32) -> f32 = block_sum_body, "avx2,fma");
 
 /// `sum of z exp(z)`, z = (x - max) / T.
 #[inline(always)]
@@ -177,7 +180,7 @@ fn block_moment_body<const FMA: bool>(x: &[f32], words: &[u32], max: f32, inv_t:
     }
     sum_lanes(acc)
 }
-multiversion!(fn block_moment(x: &[f32], words: &[u32], max: f32, inv_t: f32) -> f32 = block_moment_body);
+multiversion!(fn block_moment(x: &[f32], words: &[u32], max: f32, inv_t: f32) -> f32 = block_moment_body, "avx2,fma");
 
 #[inline(always)]
 fn weights_body<const FMA: bool>(x: &[f32], words: &[u32], max: f32, inv_t: f32, out: &mut [f32; BLOCK]) {
@@ -191,12 +194,12 @@ fn weights_body<const FMA: bool>(x: &[f32], words: &[u32], max: f32, inv_t: f32,
 }
 multiversion!(
     /// Writes `exp((x - max) / T)` of one block; zero for forbidden ids.
-    pub(super) fn weights(x: &[f32], words: &[u32], max: f32, inv_t: f32, out: &mut [f32; BLOCK]) = weights_body
+    pub(super) fn weights(x: &[f32], words: &[u32], max: f32, inv_t: f32, out: &mut [f32; BLOCK]) = weights_body, "avx2,fma"
 );
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::noise;
+    use super::super::testing::{noise, same_on_every_isa};
     use super::*;
 
     #[test]
@@ -234,6 +237,22 @@ mod tests {
             assert!(log_sum_exp(&row, 1.0, &[0, 1 << 3]).log_sum.is_finite(), "a forbidden id is not looked at");
         }
         assert!(!log_sum_exp(&[f32::NEG_INFINITY; 40], 1.0, &[0, 0]).log_sum.is_finite());
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let v = 5003;
+        let row: Vec<f32> = noise(v, 7).iter().map(|x| x * 20.0).collect();
+        let forbidden: Vec<u32> = noise(forbidden_words(v), 8).iter().map(|x| x.to_bits()).collect();
+        same_on_every_isa(|_| {
+            let mut results = vec![];
+            let lse = log_sum_exp_blocks(&row, 0.7, &forbidden, |sum| results.push(sum));
+            let (mut tops, mut w) = (vec![0.0; forbidden.len()], [0.0; BLOCK]);
+            group_maxima(&row, &forbidden, &mut tops);
+            weights(&row[..BLOCK], &forbidden[..BLOCK / GROUP], lse.max, lse.inv_t, &mut w);
+            results.extend([lse.max, lse.log_sum, entropy(&row, &forbidden, &lse)]);
+            [results, tops, w.to_vec()].concat()
+        });
     }
 
     #[test]

@@ -19,9 +19,9 @@ pub(super) mod transpose;
 
 pub use kernel::PANEL;
 
+use super::simd::Isa;
 use crate::device::{Backend, Buffer, Pool, SendPtr, Stream};
 use gemm::{Left, Out, Product, SLAB, spread, with_scratch};
-use kernel::Isa;
 use transpose::{ABREAST, gather_abreast, gather_rows, transpose};
 
 /// A packed weight, trainable or not.
@@ -210,7 +210,7 @@ const SIDE: usize = 4;
 /// multiple of [`PANEL`].
 const PART: usize = 4096;
 /// Rows of a batch that [`backward_weight`] takes at a time, for the same reason.
-const BATCH: usize = 512;
+pub(super) const BATCH: usize = 512;
 
 /// `dW += dy[m, n]^T x[m, k]`, `dw` packed like the weight: sums over ascending rows that start from `dw`.
 ///

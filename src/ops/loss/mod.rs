@@ -367,7 +367,7 @@ fn block_gradient_body<const FMA: bool>(x: &mut [f32], words: &[u32], at: &[AtTe
         to[..n].copy_from_slice(&d[..n]);
     }
 }
-multiversion!(fn block_gradient(x: &mut [f32], words: &[u32], at: &[AtTemperature]) = block_gradient_body);
+multiversion!(fn block_gradient(x: &mut [f32], words: &[u32], at: &[AtTemperature]) = block_gradient_body, "avx2,fma");
 
 /// An entry's loss and its derivative.
 struct Term {
