@@ -133,7 +133,7 @@ impl Trainer<'_> {
         let mut tokens = Sums::default();
         let (mut grad_norm, mut skipped, mut mismatch) = (0.0f64, 0u64, 0.0f64);
         if !selected.groups.is_empty() {
-            let paused = self.setup.engine.pause()?;
+            let _paused = self.setup.engine.pause()?;
             let parts = self.parts(&selected);
             let references = match self.reference {
                 Some(model) if a.beta != 0.0 => parts
@@ -143,24 +143,17 @@ impl Trainer<'_> {
                 _ => vec![None; parts.len()],
             };
             let goal = Goal::Grpo { clip_low: a.clip_low as f32, clip_high: a.clip_high as f32, beta: a.beta as f32 };
-            let mut updates = || -> Result<()> {
-                for iteration in 0..a.iterations {
-                    for (i, (part, reference)) in parts.iter().zip(&references).enumerate() {
-                        let (stats, update) = self.learner.update(part, goal, reference.as_deref(), lr)?;
-                        if iteration == 0 && i == 0 {
-                            mismatch = largest_mismatch(part, &stats);
-                        }
-                        tokens.add(part, &stats);
-                        grad_norm = larger(grad_norm, update.grad_norm.into());
-                        skipped += u64::from(!update.applied);
+            for iteration in 0..a.iterations {
+                for (i, (part, reference)) in parts.iter().zip(&references).enumerate() {
+                    let (stats, update) = self.learner.update(part, goal, reference.as_deref(), lr)?;
+                    if iteration == 0 && i == 0 {
+                        mismatch = largest_mismatch(part, &stats);
                     }
+                    tokens.add(part, &stats);
+                    grad_norm = larger(grad_norm, update.grad_norm.into());
+                    skipped += u64::from(!update.applied);
                 }
-                Ok(())
-            };
-            let updated = updates();
-            // Also after a failure: an earlier part may have moved the weights.
-            paused.weights_changed()?;
-            updated?;
+            }
         }
         keeper.completed(self.learner);
         let train_s = started.elapsed().as_secs_f64();

@@ -272,7 +272,7 @@ fn loss_rows(device: &Device, batch: &TrainBatch, micro: &MicroBatch) -> LossRow
 mod tests {
     use super::super::batch::Entry;
     use super::*;
-    use crate::engine::{Engine, EngineOptions};
+    use crate::engine::{Engine, EngineOptions, Request, Sampling};
     use crate::input::{Image, Prompt};
     use crate::model::train::Group;
     use crate::model::{LoadOptions, Preset};
@@ -353,9 +353,12 @@ mod tests {
         assert!(e.contains("Engine::pause"), "{e}");
         let paused = engine.pause().unwrap();
         assert!(update().unwrap());
-        paused.weights_changed().unwrap();
         drop(paused);
         assert!(update().is_err(), "from the moment when the guard is gone");
+        drop(engine.pause().unwrap());
+        let request = Request { prompt: Prompt::from_tokens(vec![1]), sampling: Sampling::default(), n: 1 };
+        let one = engine.generate(request).unwrap().remove(0).wait().unwrap();
+        assert_eq!(one.epochs.0, 1, "an update is known as it is; a pause without one changes nothing");
         drop(engine);
         assert!(update().unwrap());
     }
