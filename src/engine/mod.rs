@@ -33,6 +33,7 @@ pub use sampling::{Completion, Finish, Sampling};
 pub use session::{Request, Session};
 pub use stats::Stats;
 
+use crate::error::panic_message;
 use crate::input::{Prompt, Tokenizer};
 use crate::model::{Config, Model};
 use crate::ops::kv_cache::{BLOCK, KvCache};
@@ -342,13 +343,7 @@ fn run(mut worker: Worker, link: &Link) {
     let failure = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.serve())) {
         Ok(Ok(())) => None,
         Ok(Err(e)) => Some(e.to_string()),
-        Err(panic) => Some(
-            panic
-                .downcast_ref::<String>()
-                .cloned()
-                .or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()))
-                .unwrap_or_else(|| "its thread panicked".into()),
-        ),
+        Err(panic) => Some(panic_message(&*panic).to_owned()),
     };
     if let Some(why) = failure {
         let _ = link.failure.set(why);
