@@ -38,7 +38,8 @@ pub fn group_advantages(rewards: &[f64], scale: AdvantageScale) -> Advantages {
 ///
 /// `lengths` are the trained tokens of every completion in the update, however it is cut into micro-batches. `left_out`:
 /// completions that are not in the loss and count as completions all the same; where a batch is split over several updates,
-/// each one's share of them, which need not be whole. `max_length` is the constant of [`LossKind::DrGrpo`]: tokens that a completion may have.
+/// each one's share of them, which need not be whole. `max_length` is the constant of [`LossKind::DrGrpo`]: tokens that a
+/// completion may have.
 ///
 /// * [`LossKind::Grpo`]: 1 / (completions x its own length)
 /// * [`LossKind::Dapo`]: 1 / (all tokens)

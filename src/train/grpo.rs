@@ -19,9 +19,9 @@ use std::time::Instant;
 pub enum Finished {
     /// After its last step.
     Complete,
-    /// Earlier, because it was asked to stop; what was done is saved, and the run can be resumed.
+    /// Earlier, because it was asked to stop; the steps that were complete are saved, and the run can be resumed.
     Stopped {
-        /// Completed steps.
+        /// Completed steps; where there are none, nothing is saved.
         at: u64,
     },
 }
