@@ -30,7 +30,9 @@ pub enum Finished {
 /// run's folder. `reference`: the model that `algo.beta` ties the policy to; not needed at beta = 0.
 ///
 /// The episodes and updates of a step depend on the weights before it, the run file and the number of the step alone: a run
-/// that is killed and resumed takes the same path, bit for bit.
+/// that is killed and resumed takes the same path, bit for bit. That holds for the model's programs too as long as what they
+/// show depends on their images, random generators and files: one that shows the time, a process id or the path of its working
+/// folder shows something else each time.
 ///
 /// # Errors
 /// [`Error::Input`] where `algo.beta` is not 0 and there is no reference. Whatever fails later; the run's folder is whole then,
