@@ -47,7 +47,7 @@ pub struct ToolUse {
     pub code: String,
     /// [`Outcome::kind`](crate::tools::Outcome::kind).
     pub status: &'static str,
-    /// What the model was shown as text.
+    /// What it printed and, where it failed, why: all of it. The model is shown the end of either.
     pub output: String,
     /// Wall-clock milliseconds.
     pub ms: f64,

@@ -95,7 +95,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         say!("{} episodes failed for reasons that are not the model's, and are not counted", scores.void);
     }
     say!("results {}\nreport  {}", path.display(), report.display());
-    let counts = [scores.episodes + scores.void, jobs.len()];
+    let counts = [scores.episodes, jobs.len()];
     ended_by.map_or(Ok(()), |e| Err(ended_early(e, counts, "questions are answered, scored and written")))
 }
 

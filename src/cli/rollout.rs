@@ -114,7 +114,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     records.store.write(Phase::Train, 0, &shown)?;
     let report = records.finish(&config, &sums)?;
     say!("{written} episodes  {}\nreport  {}", path.display(), report.display());
-    let counts = [finished as usize, total as usize];
+    let counts = [written as usize, total as usize];
     ended_by.map_or(Ok(()), |e| Err(ended_early(e, counts, "episodes are complete and written")))
 }
 

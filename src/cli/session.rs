@@ -127,7 +127,7 @@ impl Session {
         }
         let state = match &checkpoint {
             Some(c) => c.state.clone(),
-            None => TrainState { kind: kind.to_owned(), step: 0, updates: 0, seed: config.run.seed },
+            None => TrainState { kind: kind.to_owned(), step: 0, updates: 0 },
         };
         if resume {
             note!("{}: going on after step {} of {}", dir.display(), state.step, config.optim.steps);
@@ -177,6 +177,10 @@ impl Session {
                 say!("report  {}", report?.display());
                 Ok(())
             }
+            Ok(Finished::Stopped { at: 0 }) => Err(Error::Cancelled(format!(
+                "stopped before the first step was complete: nothing is saved\n  to begin again: {}",
+                self.resume_command
+            ))),
             Ok(Finished::Stopped { at }) => Err(Error::Cancelled(format!(
                 "stopped after step {at}, which is saved\n  to go on: {}",
                 self.resume_command

@@ -125,9 +125,11 @@ impl Buffer {
         Buffer { storage: self.storage.clone(), offset: self.offset + start, len, dtype: self.dtype }
     }
 
-    /// Whether both handles share an allocation.
-    pub fn same_storage(&self, other: &Buffer) -> bool {
-        Arc::ptr_eq(&self.storage, &other.storage)
+    /// Whether both handles share an element; ranges of one allocation that lie beside each other do not.
+    pub fn overlaps(&self, other: &Buffer) -> bool {
+        // Views keep the type, so both count in the same elements.
+        let (start, end) = (self.offset.max(other.offset), (self.offset + self.len).min(other.offset + other.len));
+        Arc::ptr_eq(&self.storage, &other.storage) && start < end
     }
 
     /// The elements, for use inside a launch.

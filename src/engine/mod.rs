@@ -33,6 +33,7 @@ pub use sampling::{Completion, Finish, Sampling};
 pub use session::{Request, Session};
 pub use stats::Stats;
 
+use crate::error::panic_message;
 use crate::input::{Prompt, Tokenizer};
 use crate::model::{Config, Model};
 use crate::ops::kv_cache::{BLOCK, KvCache};
@@ -296,14 +297,18 @@ impl Engine {
 
     /// Waits until the device is idle and holds the engine still until the guard is dropped. Sessions and turns keep
     /// their tokens and go on afterwards. Requests made meanwhile wait. Only now may the model's weights move:
-    /// [`Learner::update`](crate::train::learner::Learner::update) is refused beside an engine that is not paused.
+    /// [`Learner::update`](crate::train::learner::Learner::update) is refused beside an engine that is not paused. If they did
+    /// ([`Model::take_weights`]), everything cached is forgotten when the pause ends, and the weight epoch rises; sessions
+    /// and turns under way are computed again from their tokens when they next run.
+    ///
+    /// # Errors
+    /// If the engine has ended.
     pub fn pause(&self) -> Result<Paused<'_>> {
         let (idle, acknowledged) = channel();
         let (hold, release): (Sender<()>, Receiver<()>) = channel();
         self.client.send(Command::Pause { idle, release })?;
         acknowledged.recv().map_err(|_| self.client.link.stopped())?;
-        self.model.end_reading();
-        Ok(Paused { engine: self, hold })
+        Ok(Paused { engine: self, hold, version: self.model.end_reading() })
     }
 
     /// The engine's figures after its last step.
@@ -338,13 +343,7 @@ fn run(mut worker: Worker, link: &Link) {
     let failure = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.serve())) {
         Ok(Ok(())) => None,
         Ok(Err(e)) => Some(e.to_string()),
-        Err(panic) => Some(
-            panic
-                .downcast_ref::<String>()
-                .cloned()
-                .or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()))
-                .unwrap_or_else(|| "its thread panicked".into()),
-        ),
+        Err(panic) => Some(panic_message(&*panic).to_owned()),
     };
     if let Some(why) = failure {
         let _ = link.failure.set(why);
@@ -355,23 +354,17 @@ fn run(mut worker: Worker, link: &Link) {
 pub struct Paused<'a> {
     engine: &'a Engine,
     hold: Sender<()>,
-}
-
-impl Paused<'_> {
-    /// Says that the model's weights are others now. Everything cached is forgotten, and the weight epoch rises; sessions
-    /// and turns under way are computed again from their tokens when they next run.
-    ///
-    /// # Errors
-    /// If the engine has ended.
-    pub fn weights_changed(&self) -> Result<()> {
-        self.hold.send(()).map_err(|_| self.engine.client.link.stopped())
-    }
+    /// Of the weights that the engine's caches belong to.
+    version: u64,
 }
 
 impl Drop for Paused<'_> {
     fn drop(&mut self) {
         // Before the engine is let go, so that nobody takes the weights in between.
-        self.engine.model.begin_reading();
+        if self.engine.model.begin_reading() != self.version {
+            // A thread that has failed has no caches.
+            let _ = self.hold.send(());
+        }
     }
 }
 

@@ -58,6 +58,8 @@ pub fn step(
     let n = params.len();
     assert!(grads.len() == n && m.len() == n && v.len() == n, "gradients and moments of {n} elements");
     assert!(step >= 1, "steps count from 1");
+    let apart = |b: &Buffer, others: &[&Buffer]| others.iter().all(|o| !b.overlaps(o));
+    assert!(apart(params, &[grads, m, v]) && apart(grads, &[m, v]) && apart(m, &[v]), "four buffers that are apart");
     let AdamW { lr, beta1, beta2, eps, weight_decay } = hyper;
     let t = step as f64;
     let (bias1, bias2) = (1.0 - beta1.powf(t), 1.0 - beta2.powf(t));

@@ -8,6 +8,7 @@ const CHUNK: usize = 8192;
 /// `y = gelu(x)` over `len` elements.
 pub fn forward(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
     assert!(x.len() >= len && y.len() >= len, "buffers of at least {len} elements");
+    assert!(!y.overlaps(x), "y apart from x");
     let (x, y) = (x.clone(), y.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
@@ -21,6 +22,7 @@ pub fn forward(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
 /// `dx = dy * gelu'(x)` over `len` elements, with `gelu'(x) = cdf(x) + x pdf(x)` of the normal distribution.
 pub fn backward(s: &Stream, x: &Buffer, dy: &Buffer, dx: &Buffer, len: usize) {
     assert!(x.len() >= len && dy.len() >= len && dx.len() >= len, "buffers of at least {len} elements");
+    assert!(!dx.overlaps(x) && !dx.overlaps(dy), "dx apart from x and dy");
     let (x, dy, dx) = (x.clone(), dy.clone(), dx.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {

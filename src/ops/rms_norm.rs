@@ -13,6 +13,7 @@ const COL_BLOCK: usize = 128;
 /// `y[r, :] = x[r, :] / rms(x[r, :]) * w`, with x and y `[rows, cols]` and w `[cols]`.
 pub fn forward(s: &Stream, x: &Buffer, w: &Buffer, eps: f32, y: &Buffer, rows: usize, cols: usize) {
     check(&[x, y], w, rows, cols);
+    assert!(!y.overlaps(x) && !y.overlaps(w), "y apart from x and w");
     let (x, w, y) = (x.clone(), w.clone(), y.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
@@ -44,6 +45,7 @@ pub fn backward(
     cols: usize,
 ) {
     check(&[x, dy, dx], w, rows, cols);
+    assert!([x, w, dy].iter().all(|b| !dx.overlaps(b)), "dx apart from x, w and dy");
     assert!(dw.is_none_or(|d| d.len() == cols), "dw of {cols} elements");
     let (x, w, dy, dx, dw) = (x.clone(), w.clone(), dy.clone(), dx.clone(), dw.cloned());
     match s.backend() {

@@ -1,6 +1,6 @@
 //! Moving and adding rows: gather, scatter and the additions that are their gradients.
 //!
-//! An index outside its matrix is a mistake of the caller and panics. Where several rows go to one place, they go in
+//! An index outside its matrix is a mistake of the caller and panics, and so is a destination that overlaps a source. Where several rows go to one place, they go in
 //! ascending order: work is cut by columns, never by rows.
 
 use crate::device::{Backend, Buffer, Pool, SendPtr, Stream};
@@ -32,6 +32,7 @@ pub fn scatter_add(s: &Stream, src: &Buffer, index: &Buffer, dst: &Buffer, n: us
 /// `y += x` over `len` elements.
 pub fn add(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
     assert!(x.len() >= len && y.len() >= len, "buffers of at least {len} elements");
+    assert!(!y.overlaps(x), "a sum into a buffer that overlaps what is added");
     let (x, y) = (x.clone(), y.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
@@ -101,6 +102,7 @@ fn launch(
     n: usize,
     f: impl FnOnce(&Pool, &[f32], &[u32], &mut [f32]) + Send + 'static,
 ) {
+    assert!(!dst.overlaps(src) && !dst.overlaps(index), "rows moved into a buffer that overlaps where they come from");
     let (src, index, dst) = (src.clone(), index.view(0, n), dst.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
@@ -152,5 +154,22 @@ mod tests {
                 assert_eq!(s.read::<f32>(&out).wait().unwrap(), sum);
             }
         }
+    }
+
+    #[test]
+    fn halves_of_one_buffer_are_apart() {
+        for d in devices() {
+            let (s, b) = (d.stream(), d.upload(&[1.0f32, 2.0, 3.0, 4.0]));
+            add(&s, &b.view(0, 2), &b.view(2, 2), 2);
+            assert_eq!(s.read::<f32>(&b).wait().unwrap(), [1.0, 2.0, 4.0, 6.0]);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "overlaps")]
+    fn a_sum_into_its_own_source_is_refused() {
+        let d = crate::device::Device::cpu(1);
+        let b = d.zeros(DType::F32, 8);
+        add(&d.stream(), &b.view(0, 5), &b.view(4, 4), 4);
     }
 }

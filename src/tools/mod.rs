@@ -73,7 +73,7 @@ impl ToolCall {
 pub struct Limits {
     /// Processor time, exact to a few milliseconds.
     pub cpu: Duration,
-    /// Time by the clock from the start of the call's process. It is there to notice that the machinery hangs, so it is
+    /// Time by the clock from when the call is handed to its process, which runs by then. It is there to notice that the machinery hangs, so it is
     /// generous: reaching it is [`Error::Tool`](crate::Error::Tool), since a busy machine must not cost reward. Only
     /// code that is at rest by its own doing then (it sleeps, or waits for what never comes) has failed.
     pub wall: Duration,

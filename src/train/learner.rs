@@ -4,12 +4,12 @@ use super::Optimizer;
 use super::batch::MicroBatch;
 use super::config::Optim;
 use super::optimizer::Update;
-use crate::Result;
 use crate::device::{Buffer, DType, Device, Stream};
 use crate::model::Model;
 use crate::model::train::{self, Activations, BatchSize, GradStore, MemoryPlan, TrainBatch};
 use crate::ops::loss::{self, Kl, LossRows, Objective, Outputs};
 use crate::ops::softmax::forbidden_set;
+use crate::{Error, Result};
 use std::sync::Arc;
 
 /// Bytes of logits that exist at once: about 1,700 rows of Qwen2.5-VL's vocabulary would be one GiB.
@@ -20,7 +20,8 @@ const LOGIT_BYTES: usize = 256 << 20;
 pub enum Goal {
     /// Negative log-likelihood of the trained tokens.
     Nll,
-    /// The clipped policy gradient, with a penalty for leaving the reference where `beta` is not 0.
+    /// The clipped policy gradient, with a penalty for leaving the reference where `beta` is not 0; the reference's
+    /// log-probabilities are needed then.
     Grpo {
         /// The ratio is clipped below at `1 - clip_low`.
         clip_low: f32,
@@ -74,7 +75,7 @@ impl Room {
     /// Room for a batch of `size`, one of several that are at most `largest`, in `budget` bytes: `held`, if that will do.
     ///
     /// # Errors
-    /// [`Error::Limit`](crate::Error::Limit) if the batch does not fit the budget.
+    /// [`Error::Limit`] if the batch does not fit the budget.
     fn within(budget: usize, held: Option<Room>, model: &Model, size: BatchSize, largest: BatchSize) -> Result<Room> {
         let c = &model.config;
         // Planned for all of the batches where that is possible: those of other shapes than the one before then find room,
@@ -139,8 +140,8 @@ impl Learner {
     /// log-probabilities of every entry, for a goal with a penalty.
     ///
     /// # Errors
-    /// [`Error::Input`](crate::Error::Input) where an engine that is not [paused](crate::engine::Engine::pause) works on this model;
-    /// input that does not fit the model or the memory; updates that are not finite, ten in a row.
+    /// [`Error::Input`] where an engine that is not [paused](crate::engine::Engine::pause) works on this model; as
+    /// [`gradients`](Self::gradients); updates that are not finite, ten in a row.
     pub fn update(
         &mut self,
         micros: &[MicroBatch],
@@ -159,8 +160,25 @@ impl Learner {
     /// The gradients alone, from zero.
     ///
     /// # Errors
-    /// Input that does not fit the model or the memory.
+    /// [`Error::Input`] where `ref_logp` lacks what the goal needs, or is not about these entries; input that does not fit the
+    /// model or the memory.
     pub fn gradients(&mut self, micros: &[MicroBatch], goal: Goal, ref_logp: Option<&[f32]>) -> Result<TokenStats> {
+        let entries: usize = micros.iter().map(|m| m.entries.len()).sum();
+        match ref_logp {
+            None if matches!(goal, Goal::Grpo { beta, .. } if beta != 0.0) => {
+                return Err(Error::input(
+                    "a goal with a penalty for leaving the reference, and no log-probabilities of the reference",
+                    "give those that learner::logprobs computes under the reference, or set beta to 0",
+                ));
+            }
+            Some(r) if r.len() != entries => {
+                return Err(Error::input(
+                    format!("{} log-probabilities of the reference for {entries} entries", r.len()),
+                    "give those of the same micro-batches",
+                ));
+            }
+            _ => {}
+        }
         let (c, device, s) = (&self.model.config, self.model.device(), &self.stream);
         let batches = micros.iter().map(|m| TrainBatch::pack(c, device, s, &m.groups)).collect::<Result<Vec<_>>>()?;
         let largest = batches.iter().map(TrainBatch::size).fold(BatchSize::default(), BatchSize::max);
@@ -272,7 +290,7 @@ fn loss_rows(device: &Device, batch: &TrainBatch, micro: &MicroBatch) -> LossRow
 mod tests {
     use super::super::batch::Entry;
     use super::*;
-    use crate::engine::{Engine, EngineOptions};
+    use crate::engine::{Engine, EngineOptions, Request, Sampling};
     use crate::input::{Image, Prompt};
     use crate::model::train::Group;
     use crate::model::{LoadOptions, Preset};
@@ -341,6 +359,20 @@ mod tests {
     }
 
     #[test]
+    fn a_penalty_without_its_reference_is_refused() {
+        let model = model();
+        let micros = [batch(&model, 5, 0), batch(&model, 3, 0)];
+        let mut learner = Learner::new(model, &Optim::default(), &[]);
+        let mut told = |beta, reference: Option<&[f32]>| {
+            let goal = Goal::Grpo { clip_low: 0.2, clip_high: 0.2, beta };
+            learner.update(&micros, goal, reference, 1e-3).map_err(|e| e.to_string()).map(drop)
+        };
+        assert!(told(0.1, None).unwrap_err().contains("no log-probabilities of the reference"));
+        assert!(told(0.1, Some(&[0.0; 7])).unwrap_err().contains("7 log-probabilities of the reference for 8"));
+        assert_eq!((told(0.1, Some(&[0.0; 8])), told(0.0, None)), (Ok(()), Ok(())));
+    }
+
+    #[test]
     fn weights_do_not_move_under_an_engine_at_work() {
         let model = model();
         let options =
@@ -353,9 +385,12 @@ mod tests {
         assert!(e.contains("Engine::pause"), "{e}");
         let paused = engine.pause().unwrap();
         assert!(update().unwrap());
-        paused.weights_changed().unwrap();
         drop(paused);
         assert!(update().is_err(), "from the moment when the guard is gone");
+        drop(engine.pause().unwrap());
+        let request = Request { prompt: Prompt::from_tokens(vec![1]), sampling: Sampling::default(), n: 1 };
+        let one = engine.generate(request).unwrap().remove(0).wait().unwrap();
+        assert_eq!(one.epochs.0, 1, "an update is known as it is; a pause without one changes nothing");
         drop(engine);
         assert!(update().unwrap());
     }

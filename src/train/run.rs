@@ -29,8 +29,6 @@ pub struct Setup {
     pub eval: Vec<Arc<Example>>,
     /// Raised to end the run early (Ctrl-C); what is done by then is saved.
     pub stop: Arc<AtomicBool>,
-    /// Files of the model folder that every checkpoint gets a copy of: the tokenizer's, the image processor's.
-    pub companions: Vec<PathBuf>,
 }
 
 /// Scores of held-out questions.
@@ -165,7 +163,7 @@ pub struct Keeper {
 
 impl Keeper {
     /// Opens the folder `run_dir` for a run that stands at `state`: what a lost session wrote about later steps is cut.
-    /// Every checkpoint gets a copy of the files `companions`.
+    /// Every checkpoint gets a copy of the files `companions`: the model folder's tokenizer, its image processor.
     ///
     /// # Errors
     /// [`Error::Io`] when a file cannot be read or written.
@@ -473,7 +471,7 @@ mod tests {
         let model = Arc::new(Model::random(Preset::Tiny.config(), 3, &device, &LoadOptions::default()).unwrap());
         let config = RunConfig::read(None, &["log.checkpoint_every=0".into()]).unwrap();
         let mut learner = Learner::new(model, &config.optim, &[]);
-        let state = TrainState { kind: "train".into(), step: 0, updates: 0, seed: 0 };
+        let state = TrainState { kind: "train".into(), step: 0, updates: 0 };
         let mut keeper = Keeper::open(dir.path(), &config, state, Arc::new(tokenizer()), Vec::new()).unwrap();
         let text = Prompt::from_tokens(vec![1, 2, 3]);
         let entry = Entry {

@@ -85,11 +85,12 @@ fn check(w: &Weight) {
     assert!(w.data.len() == packed_len(w.n, w.k), "a weight [{}, {}] in {:?}", w.n, w.k, w.data);
 }
 
-/// `y[m, n] = x[m, k] W^T`, plus what the epilogue says. `y` must not overlap `x`.
+/// `y[m, n] = x[m, k] W^T`, plus what the epilogue says. Panics if `y` overlaps `x`.
 pub fn forward(s: &Stream, x: &Buffer, w: &Weight, epilogue: Epilogue, y: &Buffer, m: usize) {
     check(w);
     let (n, k) = (w.n, w.k);
     assert!(x.len() >= m * k && y.len() >= m * n, "{m} rows of a weight [{n}, {k}]: x is {x:?}, y is {y:?}");
+    assert!(!y.overlaps(x), "y apart from x");
     let (bias, residual) = match epilogue {
         Epilogue::None => (None, None),
         Epilogue::Bias(b) => (Some(b.clone()), None),
@@ -101,7 +102,7 @@ pub fn forward(s: &Stream, x: &Buffer, w: &Weight, epilogue: Epilogue, y: &Buffe
     let (x, w, y) = (x.clone(), w.clone(), y.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
-            // SAFETY: lengths were checked, the stream orders writers, and the caller keeps `y` apart from `x`.
+            // SAFETY: lengths were checked, the stream orders writers, and `y` is apart from `x`.
             unsafe {
                 let null = std::ptr::null();
                 let bias = bias.map_or(null, |b| b.get::<f32>().as_ptr());
@@ -129,9 +130,10 @@ pub fn backward_input(s: &Stream, dy: &Buffer, w: &Weight, dx: &Buffer, m: usize
     check(w);
     let (n, k) = (w.n, w.k);
     assert!(dy.len() >= m * n && dx.len() >= m * k, "{m} rows of a weight [{n}, {k}]: dy is {dy:?}, dx is {dx:?}");
+    assert!(!dx.overlaps(dy), "dx apart from dy");
     let (dy, w, dx) = (dy.clone(), w.clone(), dx.clone());
     match s.backend() {
-        // SAFETY: lengths were checked, the stream orders writers, and the caller keeps `dx` apart from `dy`.
+        // SAFETY: lengths were checked, the stream orders writers, and `dx` is apart from `dy`.
         Backend::Cpu(s) => s.launch(move |pool| unsafe {
             let (dy, w, dx) = (dy.get::<f32>(), w.data.get::<f32>(), dx.get_mut::<f32>());
             backward_input_on(pool, Isa::detect(), dy, w, dx.as_mut_ptr(), m, n, k, accumulate);

@@ -119,9 +119,10 @@ impl Drop for Scratch {
 
 /// Runs `call` in a child of `zygote`, with `number` naming its scratch folder.
 pub(super) fn run(zygote: &Zygote, call: &ToolCall, number: u64) -> Result<ToolResult, Failure> {
-    let begun = Instant::now();
     let system = |what: &'static str| move |e: std::io::Error| Failure::Again(format!("{what}: {e}"));
     zygote.ensure().map_err(Failure::Again)?; // makes the folder
+    // A process that had to be started first takes nothing from what the call may have.
+    let begun = Instant::now();
     let scratch = Scratch::new(zygote.folder().join(number.to_string())).map_err(system("its scratch folder"))?;
     let source = write_source(call, &scratch.0).map_err(system("a memory file for the input"))?;
     let target = sys::memory_file().map_err(system("a memory file for the answer"))?;
