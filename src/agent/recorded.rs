@@ -247,26 +247,24 @@ mod tests {
 
     #[test]
     fn what_cannot_be_learned_is_named_with_its_line() {
-        let talk = |question: &str, role: &str| {
-            format!(
-                r#"[{{"role":"user","content":{question}}},{{"role":"{role}","content":"b"}},{{"role":"assistant","content":"c"}}]"#
-            )
+        let talk = |question: &str| {
+            format!(r#"[{{"role":"user","content":{question}}},{{"role":"assistant","content":"c"}}]"#)
         };
-        let lines = [
-            talk("\"a\"", "assistant"),
-            talk(r#"[{"type":"image","image":"/no/such.png"}]"#, "assistant"),
-            talk("\"a\"", "nobody"),
-        ];
-        let c = open(&format!("\n{}", lines.join("\n"))).unwrap();
+        let (text, picture) = (talk("\"a\""), talk(r#"[{"type":"image","image":"/no/such.png"}]"#));
+        let c = open(&format!("\n{text}\n{picture}\n")).unwrap();
         let tokenizer = Tokenizer::from_bytes(include_bytes!("../cli/tiny/tokenizer.json"), "tiny").unwrap();
         let preprocessor = Preprocessor::new(ImageProcessor::default(), 1, 0).unwrap();
-        let told = |i, most| {
-            let t = c.trajectory(i, &tokenizer, &ChatTemplate::builtin(), &preprocessor, most);
+        let ours = ChatTemplate::builtin();
+        let refuses = ChatTemplate::from_jinja("{{ raise_exception('not this') }}".into(), "strict.jinja").unwrap();
+        let told = |i, template, most| {
+            let t = c.trajectory(i, &tokenizer, template, &preprocessor, most);
             t.err().map(|e| e.to_string())
         };
-        assert_eq!(told(0, 1000), None);
-        for (i, most, line, why) in [(0, 3, 2, "context is 3"), (1, 1000, 3, "/no/such.png"), (2, 1000, 4, "nobody")] {
-            let e = told(i, most).unwrap();
+        assert_eq!(told(0, &ours, 1000), None);
+        for (i, template, most, line, why) in
+            [(0, &ours, 3, 2, "context is 3"), (0, &refuses, 1000, 2, "not this"), (1, &ours, 1000, 3, "/no/such.png")]
+        {
+            let e = told(i, template, most).unwrap();
             assert!(e.contains(&format!("talk.jsonl, line {line}")) && e.contains(why), "{e}");
         }
     }

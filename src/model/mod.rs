@@ -71,6 +71,7 @@ struct Access {
 }
 
 /// The right to write a model's weights: see [`Model::take_weights`]. When it is dropped, they count as others.
+#[must_use = "the weights are given back when it is dropped"]
 pub struct TakenWeights<'a>(MutexGuard<'a, Access>);
 
 impl Drop for TakenWeights<'_> {
