@@ -114,7 +114,7 @@ fn train_on(keys: &[&str], run: &Path, questions: u64) -> varft::Result<Finished
         stop: Arc::default(),
         companions: Vec::new(),
     };
-    let mut learner = Learner::new(model, &config.optim, engine.forbidden());
+    let mut learner = Learner::new(model, &config.optim, engine.forbidden())?;
     let state = TrainState { kind: "train".into(), step: 0, updates: 0, seed: config.run.seed };
     let mut keeper = Keeper::open(run, &config, state, tokenizer, Vec::new()).unwrap();
     grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper)

@@ -11,6 +11,8 @@ use crate::tools::python::environment::Search;
 use crate::tools::{Limits, PythonOptions, PythonTool, Tool};
 use crate::train::RunConfig;
 use crate::train::config::TaskKind;
+use crate::train::learner::Learner;
+use crate::train::room::{self, Source};
 use crate::train::run::Setup;
 use crate::{Error, Result};
 use image::RgbImage;
@@ -101,6 +103,16 @@ impl Loaded {
             },
         )?;
         Ok(Arc::new(engine))
+    }
+
+    /// A learner for this model, with room for the largest batches that the run file allows.
+    ///
+    /// # Errors
+    /// As [`room::check`] and [`Learner::new`].
+    pub fn learner(&self, config: &RunConfig, source: Source, forbidden: &[u32]) -> Result<Learner> {
+        let learner = Learner::new(self.model.clone(), &config.optim, forbidden)?;
+        room::check(config, &self.model, source)?;
+        Ok(learner)
     }
 
     /// Episodes as the run file describes them, on `engine` with `tool`, until `stop` is raised.
