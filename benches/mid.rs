@@ -159,7 +159,7 @@ impl Bench {
             Some(learner) => Ok(learner),
             None => {
                 let model = Model::random(self.config.clone(), 0, &self.device, &LoadOptions::default())?;
-                Ok(Learner::new(Arc::new(model), &Optim::default(), self.engine.forbidden()))
+                Learner::new(Arc::new(model), &Optim::default(), self.engine.forbidden())
             }
         }
     }

@@ -187,7 +187,11 @@ fn trainer_logprobs(
             Some((len, _)) => len,
             None => {
                 let mut p = t.tokens.clone();
-                p.truncate(1 + rng.below(t.tokens.len())).max(1)
+                match p.truncate(1 + rng.below(t.tokens.len())) {
+                    // Within an image at the front: a prompt is not empty, so it is that image.
+                    0 => t.tokens.images[0].len,
+                    len => len,
+                }
             }
         };
         let mut prompt = t.tokens.clone();

@@ -113,7 +113,7 @@ fn train_on(keys: &[&str], run: &Path, questions: u64) -> varft::Result<Finished
         eval: Vec::new(),
         stop: Arc::default(),
     };
-    let mut learner = Learner::new(model, &config.optim, engine.forbidden());
+    let mut learner = Learner::new(model, &config.optim, engine.forbidden())?;
     let state = TrainState { kind: "train".into(), step: 0, updates: 0 };
     let mut keeper = Keeper::open(run, &config, state, tokenizer, Vec::new()).unwrap();
     grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper)

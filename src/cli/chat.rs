@@ -1,5 +1,5 @@
 use super::setup::{Loaded, see_file};
-use crate::engine::{Finish, Sampling, Session};
+use crate::engine::{EngineOptions, Finish, Sampling, Session};
 use crate::input::{Detokenizer, Image, Message, Part, build_prompt, continue_prompt};
 use crate::train::RunConfig;
 use crate::{Error, Result};
@@ -48,8 +48,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
     config.run.threads = args.threads;
     config.rollout.context = args.context;
     config.rollout.concurrency = 1;
-    config.rollout.kv_cache_mib = 512;
     let loaded = Loaded::new(&config, None)?;
+    let model = &loaded.model.config;
+    let bytes = EngineOptions::kv_bytes_for(model, args.context.min(model.max_position_embeddings));
+    config.rollout.kv_cache_mib = bytes.div_ceil(1 << 20).max(512);
     let engine = loaded.engine(&config)?;
     let mut chat = Chat { args, loaded, session: engine.session(), images: Vec::new(), begun: false, ended: true };
     for path in &args.image {

@@ -114,6 +114,12 @@ impl Inspected {
     fn new(model: &Model, processor: &ImageProcessor, prompt: Prompt) -> Result<Inspected> {
         let (c, d, s) = (&model.config, model.device(), model.device().stream());
         let t = prompt.len();
+        // All logits, and once more as the file's bytes.
+        d.check_room(
+            t.saturating_mul(2 * c.vocab_size * size_of::<f32>()),
+            &format!("the logits of {t} tokens"),
+            "shorten the conversation, or show smaller images",
+        )?;
         let group = Group { prompt: prompt.clone(), completions: Vec::new() };
         let batch = TrainBatch::pack(c, d, &s, &[group])?;
         let mut acts = Activations::forward_only(model, &batch);

@@ -11,6 +11,8 @@ use crate::tools::python::environment::Search;
 use crate::tools::{Limits, PythonOptions, PythonTool, Tool};
 use crate::train::RunConfig;
 use crate::train::config::TaskKind;
+use crate::train::learner::Learner;
+use crate::train::room::{self, Source};
 use crate::train::run::Setup;
 use crate::{Error, Result};
 use image::RgbImage;
@@ -81,10 +83,11 @@ impl Loaded {
     /// An engine for this model, of the size that the run file gives.
     ///
     /// # Errors
-    /// As [`Engine::start`].
+    /// [`Error::Limit`] where a cache holds less than the run file allows an episode; as [`Engine::start`].
     pub fn engine(&self, config: &RunConfig) -> Result<Arc<Engine>> {
         let r = &config.rollout;
         let patch = self.preprocessor.processor().patch;
+        check_caches(config, &self.model.config, config.model.max_pixels / (patch * patch))?;
         let engine = Engine::start(
             self.model.clone(),
             EngineOptions {
@@ -100,6 +103,16 @@ impl Loaded {
             },
         )?;
         Ok(Arc::new(engine))
+    }
+
+    /// A learner for this model, with room for the largest batches that the run file allows.
+    ///
+    /// # Errors
+    /// As [`room::check`] and [`Learner::new`].
+    pub fn learner(&self, config: &RunConfig, source: Source, forbidden: &[u32]) -> Result<Learner> {
+        let learner = Learner::new(self.model.clone(), &config.optim, forbidden)?;
+        room::check(config, &self.model, source)?;
+        Ok(learner)
     }
 
     /// Episodes as the run file describes them, on `engine` with `tool`, until `stop` is raised.
@@ -139,6 +152,41 @@ impl Loaded {
             stop: stop.clone(),
         })
     }
+}
+
+/// That the engine's caches hold an episode of `rollout.context` tokens (or as many as the model takes) and an image of
+/// `patches` patches. In smaller ones episodes would end early, and nothing would say why.
+///
+/// # Errors
+/// [`Error::Limit`] naming the key and the least value that does.
+fn check_caches(config: &RunConfig, model: &Config, patches: usize) -> Result<()> {
+    let r = &config.rollout;
+    let context = r.context.min(model.max_position_embeddings);
+    for (key, mib, needed, what, other) in [
+        (
+            "rollout.kv_cache_mib",
+            r.kv_cache_mib,
+            EngineOptions::kv_bytes_for(model, context),
+            format!("an episode of {context} tokens"),
+            "rollout.context",
+        ),
+        (
+            "rollout.vision_cache_mib",
+            r.vision_cache_mib,
+            EngineOptions::vision_bytes_for(model, patches),
+            format!("an image of {patches} patches"),
+            "model.max_pixels",
+        ),
+    ] {
+        let needed = needed.div_ceil(1 << 20);
+        if mib < needed {
+            return Err(Error::limit(
+                format!("`{key}` is {mib}, and {what} of this model needs {needed}"),
+                format!("set {key} to {needed} or more, or lower {other}"),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// The folder that `model.path` names.
@@ -286,4 +334,31 @@ pub(super) fn held_out_examples(config: &RunConfig) -> Result<Vec<Arc<Example>>>
     };
     let n = if wanted == 0 { source.len() } else { wanted.min(source.len()) };
     (0..n).map(|i| source.get(i)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Preset;
+
+    #[test]
+    fn caches_that_hold_less_than_an_episode_are_refused() {
+        for preset in Preset::ALL {
+            let (model, mut config) = (preset.config(), RunConfig::default());
+            check_caches(&config, &model, 2048).unwrap();
+            config.rollout.vision_cache_mib = 0;
+            let e = check_caches(&config, &model, 2048).unwrap_err().to_string();
+            assert!(e.contains("rollout.vision_cache_mib to") && e.contains("model.max_pixels"), "{e}");
+            config.rollout.kv_cache_mib = 3;
+            let e = check_caches(&config, &model, 2048).unwrap_err().to_string();
+            assert!(e.contains("rollout.kv_cache_mib to") && e.contains("rollout.context"), "{e}");
+            // The value that the error names is the least that works.
+            let least: usize = e.split("mib to ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+            config.rollout.vision_cache_mib = 256;
+            config.rollout.kv_cache_mib = least;
+            check_caches(&config, &model, 2048).unwrap();
+            config.rollout.kv_cache_mib = least - 1;
+            check_caches(&config, &model, 2048).unwrap_err();
+        }
+    }
 }

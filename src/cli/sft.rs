@@ -5,8 +5,8 @@ use crate::engine::placeholders;
 use crate::tasks::Examples;
 use crate::train::RunConfig;
 use crate::train::config::TaskKind;
-use crate::train::learner::Learner;
 use crate::train::order::item_at;
+use crate::train::room::Source;
 use crate::train::sft;
 use crate::{Error, Result};
 use std::path::Path;
@@ -40,7 +40,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     };
     let loaded = Loaded::new(&config, session.weights())?;
     let forbidden = placeholders(&loaded.model.config, Some(&loaded.tokenizer));
-    let mut learner = Learner::new(loaded.model.clone(), &config.optim, &forbidden);
+    let mut learner = loaded.learner(&config, Source::Conversations, &forbidden)?;
     session.restore(&mut learner)?;
     let seed = config.run.seed;
     let finished = match source {

@@ -2,7 +2,7 @@ use super::session::{RunArgs, Session, stop_on_signal};
 use super::setup::Loaded;
 use crate::Result;
 use crate::train::grpo;
-use crate::train::learner::Learner;
+use crate::train::room::Source;
 
 /// Train a model by reinforcement learning (GRPO) on its own episodes
 #[derive(clap::Args)]
@@ -23,7 +23,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let loaded = Loaded::new(&config, session.weights())?;
     let setup = loaded.setup(&config, &stop)?;
     let reference = loaded.reference(&config)?;
-    let mut learner = Learner::new(loaded.model.clone(), &config.optim, setup.engine.forbidden());
+    let mut learner = loaded.learner(&config, Source::Episodes, setup.engine.forbidden())?;
     session.restore(&mut learner)?;
     let mut keeper = session.keeper(&config, &loaded)?;
     session.end(grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper))

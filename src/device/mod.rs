@@ -112,13 +112,21 @@ impl Device {
         Some(free.min(limit.saturating_sub(used)))
     }
 
-    /// That `bytes` for `what` can be allocated. A CPU's memory is handed out before it is there: without this question,
-    /// what does not fit ends the whole process, later, without a word.
+    /// Bytes of live buffers that nobody has written to yet: the system still counts them as free.
+    fn promised_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
+        let held = line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
+        held.map_or(0, |kib| (self.allocated_bytes() as u64).saturating_sub(kib << 10))
+    }
+
+    /// That `bytes` for `what` can be allocated beside what is already. A CPU's memory is handed out before it is there:
+    /// without this question, what does not fit ends the whole process, later, without a word.
     ///
     /// # Errors
     /// [`Error::Limit`] with both figures and `mend`.
     pub fn check_room(&self, bytes: usize, what: &str, mend: &str) -> Result<()> {
-        match self.available_bytes() {
+        match self.available_bytes().map(|free| free.saturating_sub(self.promised_bytes())) {
             Some(free) if bytes as u64 > free => {
                 let mib = |bytes: u64| bytes.div_ceil(1 << 20);
                 let (need, free) = (mib(bytes as u64), mib(free));

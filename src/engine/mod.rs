@@ -89,6 +89,18 @@ impl Default for EngineOptions {
     }
 }
 
+impl EngineOptions {
+    /// The least [`kv_bytes`](Self::kv_bytes) that hold a sequence of `tokens` tokens of a model of shape `config`.
+    pub fn kv_bytes_for(config: &Config, tokens: usize) -> usize {
+        tokens.div_ceil(BLOCK) * KvCache::bytes_per_block(config.layers, config.kv_heads, config.head_dim())
+    }
+
+    /// The least [`vision_bytes`](Self::vision_bytes) that hold an image of `patches` patches.
+    pub fn vision_bytes_for(config: &Config, patches: usize) -> usize {
+        patches.div_ceil(4).next_multiple_of(vision::PAGE) * config.hidden_size * size_of::<f32>()
+    }
+}
+
 /// The ids that stand for pictures and mean nothing as text, ascending: what a rollout must not sample, because whoever
 /// reads the tokens back would look for an image there.
 pub fn placeholders(config: &Config, tokenizer: Option<&Tokenizer>) -> Vec<u32> {

@@ -50,6 +50,10 @@ impl LayerShape {
     pub fn kept_values(&self) -> usize {
         3 * self.hidden + self.qkv_width() + self.q_width() + self.heads + 3 * self.intermediate
     }
+    /// f32 values per row that `LayerActs::in_place` allocates.
+    pub fn in_place_values(&self) -> usize {
+        self.hidden + self.qkv_width() + self.q_width() + 3 * self.intermediate
+    }
     /// f32 values per row that `LayerGrads::new` allocates.
     pub fn grad_values(&self) -> usize {
         self.hidden + self.qkv_width() + self.q_width() + 3 * self.intermediate

@@ -299,10 +299,13 @@ section! {
         weight_decay: f64 = 0.0,
         /// Gradients are scaled down to at most this norm; 0 leaves them as they are.
         max_grad_norm: f64 = 1.0,
-        /// Tokens in one forward and backward pass; gradients accumulate over as many passes as the batch needs.
+        /// Tokens in one forward and backward pass; gradients accumulate over as many passes as the batch needs. An episode
+        /// is never cut: a longer one has a pass of its own.
         micro_batch_tokens: usize = 4096,
-        /// Memory for what the forward pass keeps for the backward pass, in MiB; the rest is computed again.
-        activations_mib: usize = 2048,
+        /// Memory for what the forward pass keeps for the backward pass, in MiB; the rest is computed again. Changes no result.
+        /// 0 for 2048, or for what the largest batch needs with everything computed again where that is more: 6.0 GiB for
+        /// an episode of 8192 tokens with five images on a 3B, 8.9 GiB on a 7B.
+        activations_mib: usize = 0,
     }
 }
 
@@ -344,7 +347,11 @@ impl RunConfig {
             ((1..=1 << 16).contains(&r.group_size), "rollout.group_size", "1 to 65536"),
             (r.max_turns > 0, "rollout.max_turns", "at least 1"),
             (r.max_new_tokens > 0, "rollout.max_new_tokens", "at least 1"),
-            (r.context > r.max_new_tokens, "rollout.context", "more than rollout.max_new_tokens"),
+            (
+                r.context > r.max_new_tokens && r.context <= 1 << 30,
+                "rollout.context",
+                "more than rollout.max_new_tokens, and at most 2^30",
+            ),
             (self.run.threads <= 1024, "run.threads", "at most 1024 (0 for all cores)"),
             (positive(r.temperature), "rollout.temperature", "more than 0 (training needs chance)"),
             (r.top_k <= u32::MAX as usize, "rollout.top_k", "less than 2^32"),
@@ -380,8 +387,8 @@ impl RunConfig {
             (positive(o.eps), "optim.eps", "more than 0"),
             (not_negative(o.weight_decay), "optim.weight_decay", "0 or more"),
             (not_negative(o.max_grad_norm), "optim.max_grad_norm", "0 or more"),
-            (o.micro_batch_tokens > 0, "optim.micro_batch_tokens", "at least 1"),
-            (size(o.activations_mib), "optim.activations_mib", "from 1 to 2^40"),
+            ((1..=1 << 30).contains(&o.micro_batch_tokens), "optim.micro_batch_tokens", "from 1 to 2^30"),
+            (o.activations_mib <= 1 << 40, "optim.activations_mib", "at most 2^40 (0 for what is needed)"),
         ];
         match rules.iter().find(|r| !r.0) {
             Some((_, key, rule)) => Err(Error::input(

@@ -9,7 +9,7 @@ use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Table, Value};
 
 /// Keys that may differ between a run and its continuation: they change no weight.
-const FREE: [&str; 11] = [
+const FREE: [&str; 12] = [
     "run.name",
     "run.dir",
     "run.threads",
@@ -20,6 +20,7 @@ const FREE: [&str; 11] = [
     "tools.python.interpreter",
     "tools.python.install",
     "tools.python.concurrency",
+    "optim.activations_mib",
     "log.",
 ];
 
@@ -328,7 +329,7 @@ mod tests {
     fn a_continuation_may_not_change_the_run() {
         let a = RunConfig::default();
         let mut b = a.clone();
-        (b.run.threads, b.log.keep_last, b.optim.steps) = (3, 9, 500);
+        (b.run.threads, b.log.keep_last, b.optim.steps, b.optim.activations_mib) = (3, 9, 500, 4096);
         assert_eq!(b.conflicts(&a).unwrap(), Vec::<String>::new());
         b.optim.schedule = super::super::schedule::Decay::Linear;
         b.algo.beta = 0.5;

@@ -15,6 +15,13 @@ use std::sync::Arc;
 /// Bytes of logits that exist at once: about 1,700 rows of Qwen2.5-VL's vocabulary would be one GiB.
 const LOGIT_BYTES: usize = 256 << 20;
 
+/// What `optim.activations_mib = 0` gives at least, in bytes.
+const LEAST_BUDGET: usize = 2 << 30;
+
+/// What to do where activations do not fit the memory.
+pub(super) const MAKE_ROOM: &str = "lower optim.micro_batch_tokens, rollout.context or rollout.kv_cache_mib, give optim.activations_mib \
+     less, or use a larger machine";
+
 /// What is minimised.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Goal {
@@ -75,24 +82,25 @@ impl Room {
     /// Room for a batch of `size`, one of several that are at most `largest`, in `budget` bytes: `held`, if that will do.
     ///
     /// # Errors
-    /// [`Error::Limit`] if the batch does not fit the budget.
+    /// [`Error::Limit`] if the batch does not fit the budget, or the memory.
     fn within(budget: usize, held: Option<Room>, model: &Model, size: BatchSize, largest: BatchSize) -> Result<Room> {
-        let c = &model.config;
+        let (c, vision) = (&model.config, model.trains_vision());
         // Planned for all of the batches where that is possible: those of other shapes than the one before then find room,
         // rather than have it made anew or let it grow beyond the budget.
-        let (mut size, plan) = match MemoryPlan::fit(c, largest, budget) {
+        let (mut size, plan) = match MemoryPlan::fit(c, vision, largest, budget) {
             Ok(plan) => (largest, plan),
-            Err(_) => (size, MemoryPlan::fit(c, size, budget)?),
+            Err(_) => (size, MemoryPlan::fit(c, vision, size, budget)?),
         };
         if let Some(room) = held.filter(|room| room.plan == plan) {
             if size.fits(room.size) {
                 return Ok(room);
             }
-            if plan.bytes(c, size.max(room.size)) <= budget {
+            if plan.bytes(c, vision, size.max(room.size)) <= budget {
                 size = size.max(room.size);
             }
         }
         // What was held is free by now.
+        model.device().check_room(plan.bytes(c, vision, size), "activations of a batch", MAKE_ROOM)?;
         let dhidden = model.device().alloc(DType::F32, size.rows * c.hidden_size);
         Ok(Room { plan, size, acts: Activations::with_room(model, plan, size), dhidden })
     }
@@ -101,10 +109,20 @@ impl Room {
 impl Learner {
     /// A learner that moves `model`'s weights in place. `forbidden`: ids that rollouts can't sample, which the softmax
     /// leaves out ([`Engine::forbidden`](crate::engine::Engine::forbidden)); empty for the plain softmax.
-    pub fn new(model: Arc<Model>, options: &Optim, forbidden: &[u32]) -> Learner {
+    ///
+    /// # Errors
+    /// [`Error::Limit`](crate::Error::Limit) if gradients and moments do not fit the memory.
+    pub fn new(model: Arc<Model>, options: &Optim, forbidden: &[u32]) -> Result<Learner> {
         let device = model.device().clone();
         let c = &model.config;
-        Learner {
+        // The gradients and two moments.
+        let mirrors = 3 * model.params.trainable().len() * DType::F32.size();
+        device.check_room(
+            mirrors + LOGIT_BYTES,
+            "gradients and the optimizer's moments",
+            "freeze the vision tower (model.freeze_vision), lower rollout.kv_cache_mib, use a smaller model or a larger machine",
+        )?;
+        Ok(Learner {
             stream: device.stream(),
             grads: GradStore::new(&model),
             optimizer: Optimizer::new(&model.params, &device),
@@ -113,7 +131,7 @@ impl Learner {
             logits: loss::Workspace::new(&device, c.vocab_size, c.hidden_size, usize::MAX, LOGIT_BYTES),
             forbidden: device.upload(&forbidden_set(c.vocab_size, forbidden)),
             model,
-        }
+        })
     }
 
     /// The model.
@@ -182,21 +200,28 @@ impl Learner {
         let (c, device, s) = (&self.model.config, self.model.device(), &self.stream);
         let batches = micros.iter().map(|m| TrainBatch::pack(c, device, s, &m.groups)).collect::<Result<Vec<_>>>()?;
         let largest = batches.iter().map(TrainBatch::size).fold(BatchSize::default(), BatchSize::max);
+        let least = |b: &TrainBatch| MemoryPlan::least(c, self.model.trains_vision(), b.size());
+        let budget = match self.options.activations_mib {
+            0 => batches.iter().map(least).max().unwrap_or(0).max(LEAST_BUDGET),
+            mib => mib << 20,
+        };
         self.grads.zero(s);
         let mut stats = TokenStats::default();
         for (micro, batch) in micros.iter().zip(&batches) {
             let done = stats.logp.len();
             let reference = ref_logp.map(|r| &r[done..done + micro.entries.len()]);
-            self.accumulate(micro, batch, largest, goal, reference, &mut stats)?;
+            self.accumulate(micro, batch, budget, largest, goal, reference, &mut stats)?;
         }
         Ok(stats)
     }
 
-    /// Adds the gradients of `micro`, packed as `batch`, one of several that are at most `largest`.
+    /// Adds the gradients of `micro`, packed as `batch`, one of several that are at most `largest`, within `budget` bytes of
+    /// activations.
     fn accumulate(
         &mut self,
         micro: &MicroBatch,
         batch: &TrainBatch,
+        budget: usize,
         largest: BatchSize,
         goal: Goal,
         ref_logp: Option<&[f32]>,
@@ -204,7 +229,6 @@ impl Learner {
     ) -> Result<()> {
         let (model, s) = (self.model.clone(), self.stream.clone());
         let (device, c) = (model.device().clone(), &model.config);
-        let budget = self.options.activations_mib << 20;
         let room = Room::within(budget, self.room.take(), &model, batch.size(), largest)?;
         let Room { acts, dhidden, .. } = self.room.insert(room);
         let hidden = train::forward(&model, &s, batch, acts)?;
@@ -334,14 +358,14 @@ mod tests {
             TrainBatch::pack(c, d, &d.stream(), &m.groups).unwrap().size()
         };
         let plan = MemoryPlan::keep_all(&model.config);
-        let needed = |size: BatchSize| plan.bytes(&model.config, size);
+        let needed = |size: BatchSize| plan.bytes(&model.config, model.trains_vision(), size);
         // All of either is kept in a budget that does not hold room for both.
         let most = needed(size(&long)).max(needed(size(&shown)));
         let mib = most.div_ceil(1 << 20);
         assert!(needed(size(&long).max(size(&shown))) > mib << 20, "{most} bytes");
         for step in [vec![long.clone(), shown.clone()], vec![shown, long]] {
             let options = Optim { activations_mib: mib, ..Optim::default() };
-            let mut learner = Learner::new(model.clone(), &options, &[]);
+            let mut learner = Learner::new(model.clone(), &options, &[]).unwrap();
             let before = model.device().allocated_bytes();
             for micros in [&step[..], &step[..1], &step[1..], &step[..]] {
                 learner.gradients(micros, Goal::Nll, None).unwrap();
@@ -350,7 +374,7 @@ mod tests {
                 assert!(held <= (mib << 20) + 64 * 200, "{held} bytes");
             }
             let alone = |m: &MicroBatch| {
-                let mut learner = Learner::new(model.clone(), &Optim::default(), &[]);
+                let mut learner = Learner::new(model.clone(), &Optim::default(), &[]).unwrap();
                 learner.gradients(std::slice::from_ref(m), Goal::Nll, None).unwrap().logp
             };
             let together = learner.gradients(&step, Goal::Nll, None).unwrap().logp;
@@ -362,7 +386,7 @@ mod tests {
     fn a_penalty_without_its_reference_is_refused() {
         let model = model();
         let micros = [batch(&model, 5, 0), batch(&model, 3, 0)];
-        let mut learner = Learner::new(model, &Optim::default(), &[]);
+        let mut learner = Learner::new(model, &Optim::default(), &[]).unwrap();
         let mut told = |beta, reference: Option<&[f32]>| {
             let goal = Goal::Grpo { clip_low: 0.2, clip_high: 0.2, beta };
             learner.update(&micros, goal, reference, 1e-3).map_err(|e| e.to_string()).map(drop)
@@ -378,7 +402,7 @@ mod tests {
         let options =
             EngineOptions { kv_bytes: 1 << 20, vision_bytes: 1 << 16, step_patches: 64, ..Default::default() };
         let engine = Engine::start(model.clone(), options).unwrap();
-        let mut learner = Learner::new(model.clone(), &Optim::default(), engine.forbidden());
+        let mut learner = Learner::new(model.clone(), &Optim::default(), engine.forbidden()).unwrap();
         let micros = [batch(&model, 5, 0)];
         let mut update = || learner.update(&micros, Goal::Nll, None, 1e-3).map(|(_, update)| update.applied);
         let e = update().unwrap_err().to_string();

@@ -8,6 +8,7 @@
 //! | [`optimizer`] | AdamW over the flat parameters, clipping, steps that are not taken |
 //! | [`batch`] | trajectories into micro-batches |
 //! | [`learner`] | a model, its gradients, its updates |
+//! | [`room`] | whether the largest batches fit |
 //! | [`sft`], [`grpo`] | the two loops |
 //! | [`run`] | what a run works with and writes down |
 //! | [`order`] | the order of the data |
@@ -22,6 +23,7 @@ pub mod grpo;
 pub mod learner;
 pub mod optimizer;
 pub mod order;
+pub mod room;
 pub mod run;
 pub mod schedule;
 pub mod sft;

@@ -78,7 +78,7 @@ impl Optimizer {
                     format!(
                         "{SKIPS_ALLOWED} updates in a row had gradients that are not finite: training has diverged"
                     ),
-                    "go on from an earlier checkpoint with a smaller optim.lr",
+                    "begin a new run (another run.name) with an earlier checkpoint's folder as model.path and a smaller optim.lr",
                 ));
             }
             return Ok(Update { grad_norm, applied: false });
@@ -282,7 +282,7 @@ mod tests {
         }
         assert_eq!((opt.updates(), read(&s, &m.params.flat)), (0, before));
         let e = opt.step(&s, &m.params, &bad, &Optim::default(), 1.0).unwrap_err().to_string();
-        assert!(e.contains("optim.lr"), "{e}");
+        assert!(e.contains("optim.lr") && e.contains("model.path"), "{e}");
         assert!(opt.step(&s, &m.params, &grads(&m, &d, 1.0), &Optim::default(), 1e-3).unwrap().applied);
     }
 

@@ -470,7 +470,7 @@ mod tests {
         let (dir, device) = (tempfile::tempdir().unwrap(), Device::cpu(1));
         let model = Arc::new(Model::random(Preset::Tiny.config(), 3, &device, &LoadOptions::default()).unwrap());
         let config = RunConfig::read(None, &["log.checkpoint_every=0".into()]).unwrap();
-        let mut learner = Learner::new(model, &config.optim, &[]);
+        let mut learner = Learner::new(model, &config.optim, &[]).unwrap();
         let state = TrainState { kind: "train".into(), step: 0, updates: 0 };
         let mut keeper = Keeper::open(dir.path(), &config, state, Arc::new(tokenizer()), Vec::new()).unwrap();
         let text = Prompt::from_tokens(vec![1, 2, 3]);

@@ -9,7 +9,7 @@ use crate::model::write_atomically;
 use crate::report::{Record, read_metrics};
 use crate::train::RunConfig;
 use crate::train::grpo::{self, Finished};
-use crate::train::learner::Learner;
+use crate::train::room::Source;
 use crate::train::run::{Scores, evaluate};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -93,13 +93,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
         config.rollout.group_size
     );
     let reference = loaded.reference(&config)?;
+    let mut learner = loaded.learner(&config, Source::Episodes, setup.engine.forbidden())?;
     let withheld = || -> Result<Scores> {
         let mut rollouts = setup.held_out(&config);
         rollouts.options.withhold_images = true;
         Ok(evaluate(&rollouts, &setup.eval, config.run.seed, |_, _| ())?.complete()?.scores)
     };
     let blind_before = withheld()?;
-    let mut learner = Learner::new(loaded.model.clone(), &config.optim, setup.engine.forbidden());
     let mut keeper = session.keeper(&config, &loaded)?;
     let finished = grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper);
     drop(keeper);

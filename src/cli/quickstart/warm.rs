@@ -69,7 +69,7 @@ pub(super) fn remake(config: &RunConfig, dir: &Path) -> Result<()> {
     };
     let school = School::new(config)?;
     let forbidden = placeholders(&model.config, Some(&school.tokenizer));
-    let mut learner = Learner::new(model.clone(), &optim, &forbidden);
+    let mut learner = Learner::new(model.clone(), &optim, &forbidden)?;
     let schedule = Schedule::new(&optim);
     let mut progress = Progress::new("warm start", 0, optim.steps);
     let batch = config.sft.batch_size as u64;

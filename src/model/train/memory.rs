@@ -42,7 +42,7 @@ impl BatchSize {
 pub struct MemoryPlan {
     /// Decoder layers that keep theirs.
     pub text: usize,
-    /// Vision blocks that keep theirs.
+    /// Vision blocks that keep theirs, where the tower is trained.
     pub vision: usize,
 }
 
@@ -53,21 +53,23 @@ impl MemoryPlan {
     }
 
     /// Keeps what fits `budget` bytes for batches of `size`; the decoder comes first, whose layers are dearer to compute again.
+    /// `trains_vision`: as [`Model::trains_vision`]; a frozen tower keeps nothing.
     ///
     /// # Errors
-    /// [`Error::Limit`] if not even the layers' inputs fit.
-    pub fn fit(config: &Config, size: BatchSize, budget: usize) -> Result<MemoryPlan> {
-        let none = MemoryPlan { text: 0, vision: 0 };
+    /// [`Error::Limit`] if the budget is below [`least`](Self::least).
+    pub fn fit(config: &Config, trains_vision: bool, size: BatchSize, budget: usize) -> Result<MemoryPlan> {
         let BatchSize { rows, patches, .. } = size;
-        let least = none.bytes(config, size);
+        let least = MemoryPlan::least(config, trains_vision, size);
         if least > budget {
+            let mib = least.div_ceil(1 << 20);
             return Err(Error::limit(
                 format!(
-                    "a batch of {rows} tokens and {patches} image patches needs {} MB for activations even when every layer is computed twice, and the budget is {} MB",
-                    least >> 20,
+                    "a batch of {rows} tokens and {patches} image patches needs {mib} MiB for activations even when every layer is computed twice, and the budget is {} MiB",
                     budget >> 20
                 ),
-                "make the micro-batch smaller or the budget larger",
+                format!(
+                    "set optim.activations_mib to {mib} or more (0: as much as is needed), or make batches smaller"
+                ),
             ));
         }
         let layer = |shape: LayerShape, rows: usize| 4 * rows * shape.kept_values();
@@ -75,12 +77,17 @@ impl MemoryPlan {
         let text = (left / layer(config.layer_shape(), rows).max(1)).min(config.layers);
         let left = left - text * layer(config.layer_shape(), rows);
         let vision = (left / layer(config.vision.layer_shape(), patches).max(1)).min(config.vision.depth);
-        Ok(MemoryPlan { text, vision })
+        Ok(MemoryPlan { text, vision: if trains_vision { vision } else { 0 } })
+    }
+
+    /// Bytes of the activations of a batch of `size` when nothing is kept: no budget may be smaller.
+    pub fn least(config: &Config, trains_vision: bool, size: BatchSize) -> usize {
+        MemoryPlan { text: 0, vision: 0 }.bytes(config, trains_vision, size)
     }
 
     /// Bytes of the activations of a batch of `size` under this plan, at most, with the gradient of the hidden states and but for
     /// the rounding of buffers to 64 bytes.
-    pub fn bytes(&self, config: &Config, size: BatchSize) -> usize {
+    pub fn bytes(&self, config: &Config, trains_vision: bool, size: BatchSize) -> usize {
         let BatchSize { rows, patches, blocks } = size;
         let (c, v) = (config, &config.vision);
         // Inputs of the layers and the output, the residual stream's gradient, one set that is reused, gradients, rotary tables.
@@ -90,8 +97,14 @@ impl MemoryPlan {
         };
         // The hidden states and their gradient.
         let row = tower(c.layer_shape(), c.layers, self.text) + 2 * c.hidden_size;
+        let shape = v.layer_shape();
+        let vision = match trains_vision {
+            true => tower(shape, v.depth, self.vision),
+            // The residual stream, one set that all blocks use, rotary tables.
+            false => shape.hidden + shape.in_place_values() + shape.head_dim,
+        };
         // The merger, the position in the image; of each token the merger's output, twice, and where windows put it.
-        let patch = tower(v.layer_shape(), v.depth, self.vision) + 3 * v.hidden_size + 2;
+        let patch = vision + 3 * v.hidden_size + 2;
         let token = v.out_hidden_size + c.hidden_size + 3;
         let pages = 2 * blocks * KvCache::bytes_per_block(1, c.kv_heads, c.head_dim());
         4 * (rows * row + patches * patch + patches / GROUP * token + 2) + patches * 3 * PATCH * PATCH + pages

@@ -3,6 +3,7 @@
 use super::*;
 use crate::device::Device;
 use crate::input::{Image, Prompt};
+use crate::model::layer::LayerShape;
 use crate::model::{Config, LoadOptions, Preset};
 use crate::ops::patch_embed::PATCH;
 use std::sync::Arc;
@@ -180,31 +181,38 @@ fn micro_batches_accumulate_and_buffers_grow() {
 fn a_plan_keeps_what_fits() {
     let c = Preset::Mid.config();
     let size = BatchSize { rows: 2048, patches: 1600, blocks: 70 };
-    let all = MemoryPlan::keep_all(&c).bytes(&c, size);
-    assert_eq!(MemoryPlan::fit(&c, size, all).unwrap(), MemoryPlan::keep_all(&c));
-    let least = MemoryPlan { text: 0, vision: 0 }.bytes(&c, size);
-    assert_eq!(MemoryPlan::fit(&c, size, least).unwrap(), MemoryPlan { text: 0, vision: 0 });
-    let some = MemoryPlan::fit(&c, size, (least + all) / 2).unwrap();
-    assert!(some.text > 0 && some.bytes(&c, size) <= (least + all) / 2, "{some:?}");
-    let e = MemoryPlan::fit(&c, size, least - 1).unwrap_err().to_string();
-    assert!(e.contains("2048 tokens") && e.contains("MB"), "{e}");
+    for trained in [true, false] {
+        let most = MemoryPlan { vision: if trained { c.vision.depth } else { 0 }, ..MemoryPlan::keep_all(&c) };
+        let all = most.bytes(&c, trained, size);
+        assert_eq!(MemoryPlan::fit(&c, trained, size, all).unwrap(), most);
+        let least = MemoryPlan::least(&c, trained, size);
+        assert_eq!(MemoryPlan::fit(&c, trained, size, least).unwrap(), MemoryPlan { text: 0, vision: 0 });
+        let some = MemoryPlan::fit(&c, trained, size, (least + all) / 2).unwrap();
+        assert!(some.text > 0 && some.bytes(&c, trained, size) <= (least + all) / 2, "{some:?}");
+        let e = MemoryPlan::fit(&c, trained, size, least - 1).unwrap_err().to_string();
+        assert!(e.contains("2048 tokens") && e.contains("optim.activations_mib"), "{e}");
+    }
+    assert!(MemoryPlan::least(&c, false, size) < MemoryPlan::least(&c, true, size));
 }
 
 #[test]
 fn activations_take_what_the_plan_says_and_little_less() {
     let d = Device::cpu(1);
-    let m = model(&d, false);
     let size = BatchSize { rows: 300, patches: 200, blocks: 20 };
-    for plan in [MemoryPlan { text: 0, vision: 0 }, MemoryPlan { text: 1, vision: 1 }, MemoryPlan::keep_all(&m.config)]
-    {
-        let before = d.allocated_bytes();
-        let _acts = Activations::with_room(&m, plan, size);
-        let dhidden = 4 * size.rows * m.config.hidden_size;
-        let (held, planned) = (d.allocated_bytes() - before + dhidden, plan.bytes(&m.config, size));
-        // A whole plan has no use for the set that is reused; buffers are rounded up to 64 bytes.
-        let spare = 4 * (size.rows * m.config.layer_shape().kept_values());
-        let spare = spare + 4 * size.patches * m.config.vision.layer_shape().kept_values();
-        assert!(held <= planned + 64 * 200 && planned <= held + spare, "{plan:?}: {held} of {planned}");
+    for freeze in [false, true] {
+        let m = model(&d, freeze);
+        let (none, all) = (MemoryPlan { text: 0, vision: 0 }, MemoryPlan::keep_all(&m.config));
+        for plan in [none, MemoryPlan { text: 1, vision: 1 }, all] {
+            let before = d.allocated_bytes();
+            let _acts = Activations::with_room(&m, plan, size);
+            let dhidden = 4 * size.rows * m.config.hidden_size;
+            let (held, planned) = (d.allocated_bytes() - before + dhidden, plan.bytes(&m.config, !freeze, size));
+            // A whole plan has no use for the set that is reused; buffers are rounded up to 64 bytes.
+            let spare = |of: bool, rows: usize, shape: LayerShape| 4 * usize::from(of) * rows * shape.kept_values();
+            let spare = spare(plan == all, size.rows, m.config.layer_shape())
+                + spare(plan == all && !freeze, size.patches, m.config.vision.layer_shape());
+            assert!(held <= planned + 64 * 200 && planned <= held + spare, "{freeze} {plan:?}: {held} of {planned}");
+        }
     }
 }
 
