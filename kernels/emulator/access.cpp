@@ -3,7 +3,10 @@
 // Kernels are compiled with -fsanitize=thread, which makes the compiler call a function before each load and store; the
 // functions are ours, not the sanitizer's. So a kernel's ordinary C++ is checked as it stands, for bounds, alignment, data
 // that is still on its way and races on shared memory.
+#include <cstring>
+
 #include "block.h"
+#include "device.h"
 
 namespace emulator {
 
@@ -52,6 +55,19 @@ inline void aligned_access(const void* address, std::size_t bytes, bool write, P
 }
 
 }  // namespace
+
+Bits16 load16(const void* from) {
+  aligned_access(from, 16, false, __builtin_return_address(0));
+  Bits16 bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return bits;
+}
+
+void store16(void* to, Bits16 bits) {
+  aligned_access(to, 16, true, __builtin_return_address(0));
+  std::memcpy(to, &bits, sizeof bits);
+}
+
 }  // namespace emulator
 
 extern "C" {

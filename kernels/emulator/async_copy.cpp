@@ -78,6 +78,7 @@ void Block::copy_in_flight(Thread& t, const void* address, std::size_t bytes, bo
         return;
       }
     }
+    append(s, ", where a tensor copy has not landed; the first under way was started at %s", describe(bulk_copies_[0].place).c_str());
   });
 }
 

@@ -18,9 +18,9 @@ void Block::release_block_barrier() {
 }
 
 void Block::named_barrier(Thread& t, unsigned id, unsigned count, bool wait_too, Place place) {
-  if (id >= NAMED_BARRIERS || count == 0 || count % WARP || count > MAX_THREADS) {
+  if (id == 0 || id >= NAMED_BARRIERS || count == 0 || count % WARP || count > MAX_THREADS) {
     fail([&](std::string& s) {
-      append(s, "%s uses barrier %u for %u threads at %s: there are barriers 0 to 15, for a multiple of 32 threads",
+      append(s, "%s uses barrier %u for %u threads at %s: there are barriers 1 to 15 beside that of __syncthreads, for a multiple of 32 threads",
              name(t).c_str(), id, count, describe(place).c_str());
     });
   }
@@ -63,33 +63,34 @@ void Block::rendezvous(Thread& t, const Collective& what, std::uint32_t mask, vo
              what.name, describe(place).c_str(), ~warp.live);
     });
   }
-  for (std::uint32_t rest = mask & warp.live; rest; rest &= rest - 1) {
-    const Thread& other = warp.lanes[__builtin_ctz(rest)];
-    if (other.wait.at != At::collective || !(other.wait.mask >> t.lane & 1)) continue;
-    if (other.wait.collective == &what && other.wait.mask == mask) continue;
-    // Each waits for the other: neither can ever go on.
-    fail([&](std::string& s) {
-      append(s, "divergent warp: %s calls %s with mask %#x at %s, while %s waits in %s with mask %#x at %s",
-             name(t).c_str(), what.name, mask, describe(place).c_str(), name(other).c_str(), other.wait.collective->name,
-             other.wait.mask, describe(other.wait.place).c_str());
-    });
+  std::size_t mine = warp.gatherings.size();
+  for (std::size_t i = 0; i < warp.gatherings.size(); i++) {
+    const Gathering& g = warp.gatherings[i];
+    if (g.what == &what && g.mask == mask) {
+      mine = i;
+    } else if (g.mask >> t.lane & 1 && (g.arrived & mask)) {  // each waits for the other: neither can ever go on
+      const Thread& other = warp.lanes[__builtin_ctz(g.arrived & mask)];
+      fail([&](std::string& s) {
+        append(s, "divergent warp: %s calls %s with mask %#x at %s, while %s waits in %s with mask %#x at %s",
+               name(t).c_str(), what.name, mask, describe(place).c_str(), name(other).c_str(), g.what->name, g.mask,
+               describe(other.wait.place).c_str());
+      });
+    }
   }
+  if (mine == warp.gatherings.size()) warp.gatherings.push_back({&what, mask, 0});
+  warp.gatherings[mine].arrived |= 1u << t.lane;
   t.argument = argument;
-  t.wait = {At::collective, place, &what, mask};
-  complete(t, what, mask);
-  if (t.wait.at == At::collective) wait(t, t.wait);
+  if (!complete(warp, mine)) wait(t, {At::collective, place, &what, mask});
 }
 
-// Finishes the collective that `by` waits in, if all lanes of its mask that have not ended wait in it too.
-void Block::complete(Thread& by, const Collective& what, std::uint32_t mask) {
-  Warp& warp = *by.warp;
-  const std::uint32_t lanes = mask & warp.live;
-  for (std::uint32_t rest = lanes; rest; rest &= rest - 1) {
-    const Wait& w = warp.lanes[__builtin_ctz(rest)].wait;
-    if (w.at != At::collective || w.collective != &what || w.mask != mask) return;
-  }
-  what.finish(*this, warp, lanes);
-  for (std::uint32_t rest = lanes; rest; rest &= rest - 1) wake(warp.lanes[__builtin_ctz(rest)]);
+// Finishes a collective if all lanes of its mask that have not ended are there.
+bool Block::complete(Warp& warp, std::size_t gathering) {
+  const Gathering g = warp.gatherings[gathering];
+  if (g.arrived != (g.mask & warp.live)) return false;
+  warp.gatherings.erase(warp.gatherings.begin() + gathering);
+  g.what->finish(*this, warp, g.arrived);
+  for (std::uint32_t rest = g.arrived; rest; rest &= rest - 1) wake(warp.lanes[__builtin_ctz(rest)]);
+  return true;
 }
 
 // Threads that wait at one place for one thing are one line of the report.

@@ -40,12 +40,14 @@ bool Block::run(const Launch& what, Index at, Bounds& bounds) {
   threads.resize(n);
   at_block_barrier_ = 0, runnable_warps_ = 0, live = n;
   for (auto& b : named_) b.count = b.arrived = 0;
-  for (auto& w : warps) w.runnable = w.live = 0, w.released.clear();
+  mbarriers_.clear(), bulk_copies_.clear();
+  for (auto& w : warps) w.runnable = w.live = 0, w.gatherings.clear(), w.released.clear();
   for (unsigned i = 0; i < n; i++) {
     Thread& t = threads[i];
     t.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
     t.linear = i, t.lane = i % WARP, t.warp = &warps[i / WARP], t.block = this, t.wait = {};
     t.queue.copies.clear(), t.queue.groups.clear();
+    t.multiplies.pending.clear(), t.multiplies.groups.clear();
     if (t.lane == 0) t.warp->lanes = &t;
     t.warp->live |= 1u << t.lane;
     char* stack = stacks_.get(i);
@@ -56,9 +58,15 @@ bool Block::run(const Launch& what, Index at, Bounds& bounds) {
     prepare(t.context, stack, i, thread_main);
     wake(t);
   }
+  turn();
   running = next();
   switch_to(host_, running->context);
   running = nullptr;
+  if (failure.empty() && !bulk_copies_.empty()) {
+    begin_failure();
+    append(failure, "the block ended before the tensor copy that %s started at %s had landed",
+           name(threads[bulk_copies_[0].thread]).c_str(), describe(bulk_copies_[0].place).c_str());
+  }
   return failure.empty();
 }
 
@@ -74,16 +82,19 @@ void Block::wake(Thread& t) {
   runnable_warps_ |= 1u << (t.warp - warps);
 }
 
-// A warp runs until all its lanes wait, in ascending or descending order from a random lane; then comes a random warp.
+// Chooses the next warp, one that can run, and the order of its lanes: ascending or descending from any of them.
+void Block::turn() {
+  const unsigned by = random() % MAX_WARPS;
+  const std::uint32_t turned = runnable_warps_ >> by | static_cast<std::uint64_t>(runnable_warps_) << (MAX_WARPS - by);
+  warp_ = (__builtin_ctz(turned) + by) % MAX_WARPS;
+  first_lane_ = random() % WARP;
+  descending_ = random() & 1;
+}
+
+// A warp runs until all its lanes wait.
 Thread* Block::next() {
-  if (!warps[warp_].runnable) {
-    if (!runnable_warps_) return nullptr;
-    unsigned by = random() % MAX_WARPS;
-    std::uint32_t turned = runnable_warps_ >> by | static_cast<std::uint64_t>(runnable_warps_) << (MAX_WARPS - by);
-    warp_ = (__builtin_ctz(turned) + by) % MAX_WARPS;
-    first_lane_ = random() % WARP;
-    descending_ = random() & 1;
-  }
+  if (!runnable_warps_) return nullptr;
+  if (!warps[warp_].runnable) turn();
   std::uint32_t lanes = warps[warp_].runnable;
   std::uint32_t turned = lanes >> first_lane_ | static_cast<std::uint64_t>(lanes) << (WARP - first_lane_);
   unsigned lane = descending_ ? WARP - 1 - __builtin_clz(turned) : __builtin_ctz(turned);
@@ -95,7 +106,11 @@ void Block::go_on() {
   Thread& me = *running;
   const bool last = me.wait.at == Wait::At::exited;
   Thread* to = next();
-  if (!to && live) deadlock();
+  while (!to && live) {
+    if (bulk_copies_.empty()) deadlock();
+    land_bulk_copy();
+    to = next();
+  }
   if (to == &me) return;
   if (to) {
     running = to;
@@ -120,16 +135,16 @@ void Block::exit(Thread& t) {
   if (!t.warp->runnable) runnable_warps_ &= ~(1u << (t.warp - warps));
   live--;
   if (live && at_block_barrier_ == live) release_block_barrier();
-  for (std::uint32_t rest = t.warp->live; rest; rest &= rest - 1) {
-    Thread& other = t.warp->lanes[__builtin_ctz(rest)];
-    if (other.wait.at != Wait::At::collective || !(other.wait.mask >> t.lane & 1)) continue;
-    if (other.wait.collective->whole_warp) {
+  for (std::size_t i = 0; i < t.warp->gatherings.size();) {
+    const Gathering& g = t.warp->gatherings[i];
+    if (g.mask >> t.lane & 1 && g.what->whole_warp) {
+      const Thread& other = t.warp->lanes[__builtin_ctz(g.arrived)];
       fail([&](std::string& s) {
         append(s, "divergent warp: %s ended, while %s waits in %s, which needs all 32 lanes, at %s", name(t).c_str(),
-               name(other).c_str(), other.wait.collective->name, describe(other.wait.place).c_str());
+               name(other).c_str(), g.what->name, describe(other.wait.place).c_str());
       });
     }
-    complete(other, *other.wait.collective, other.wait.mask);
+    if (!complete(*t.warp, i)) i++;
   }
   go_on();
   __builtin_unreachable();

@@ -12,6 +12,7 @@
 #include "order.h"
 #include "report.h"
 #include "shared_memory.h"
+#include "tensor_map.h"
 
 namespace emulator {
 
@@ -50,6 +51,22 @@ struct CopyQueue {
   std::vector<std::size_t> groups;
 };
 
+// A wgmma operation that nobody has waited for. `before`: the accumulators' values, kept here while they read as NaN.
+struct AsyncMultiply {
+  float* d;
+  int n;
+  bool from_registers, accumulate;
+  std::uint64_t a, b;
+  std::uint32_t registers[4];
+  float before[128];
+  Place place;
+};
+
+struct MultiplyQueue {
+  std::vector<AsyncMultiply> pending;
+  std::vector<std::size_t> groups;
+};
+
 struct Thread {
   Context context;
   Index index;
@@ -59,10 +76,18 @@ struct Thread {
   Wait wait;
   void* argument = nullptr;  // of the collective that it waits in
   CopyQueue queue;
+  MultiplyQueue multiplies;
+};
+
+// The lanes that wait in one collective.
+struct Gathering {
+  const Collective* what;
+  std::uint32_t mask, arrived;
 };
 
 struct Warp {
   std::uint32_t runnable = 0, live = 0;
+  std::vector<Gathering> gatherings;  // several where the lanes' masks are apart
   Thread* lanes = nullptr;
   Released released;  // by the lanes at a __syncwarp
 };
@@ -72,6 +97,23 @@ struct NamedBarrier {
   Place place = nullptr;  // of the first arrival
   unsigned thread = 0;
   Released released;
+};
+
+struct MBarrier {
+  unsigned offset, count, pending;  // pending: arrivals that the phase under way still needs
+  std::int64_t bytes;               // and bytes
+  unsigned parity;                  // of the phase under way
+  Released released;
+};
+
+// A copy of a tensor's box that has not landed.
+struct BulkCopy {
+  void* to;
+  const void* barrier;
+  TensorMap map;
+  int corner[3];
+  unsigned thread;
+  Place place;
 };
 
 // What a launch is, for all its blocks.
@@ -110,6 +152,11 @@ class Block {
   void named_barrier(Thread& thread, unsigned id, unsigned count, bool wait_too, Place place);
   void rendezvous(Thread& thread, const Collective& what, std::uint32_t mask, void* argument, Place place);
 
+  void mbarrier_init(Thread& thread, const void* address, unsigned count, Place place);
+  void mbarrier_arrive(Thread& thread, const void* address, std::int64_t bytes, Place place);
+  void mbarrier_wait(Thread& thread, const void* address, unsigned parity, Place place);
+  void start_bulk_copy(Thread& thread, const BulkCopy& copy);
+
   static std::string name(const Thread& thread);
 
   Launch launch{};
@@ -122,6 +169,7 @@ class Block {
  private:
   static void thread_main();
   void exit(Thread& thread);
+  void turn();
   Thread* next();
   void go_on();
   void begin_failure();
@@ -130,7 +178,10 @@ class Block {
   [[noreturn]] void copy_in_flight(Thread& thread, const void* address, std::size_t bytes, bool write, Place place);
   void release_block_barrier();
   void release_named_barrier(unsigned id);
-  void complete(Thread& by, const Collective& what, std::uint32_t mask);
+  bool complete(Warp& warp, std::size_t gathering);
+  MBarrier& mbarrier(Thread& thread, const void* address, bool initialise, Place place);
+  void mbarrier_advance(MBarrier& barrier);
+  void land_bulk_copy();
   std::uint32_t random();
 
   Stacks stacks_;
@@ -138,6 +189,8 @@ class Block {
   Bounds* bounds_ = nullptr;
   unsigned at_block_barrier_ = 0;
   NamedBarrier named_[NAMED_BARRIERS];
+  std::vector<MBarrier> mbarriers_;
+  std::vector<BulkCopy> bulk_copies_;
   std::uint32_t runnable_warps_ = 0;
   unsigned warp_ = 0, first_lane_ = 0;
   bool descending_ = false;

@@ -10,6 +10,7 @@
 #include "half.h"
 #include "index.h"
 #include "registry.h"
+#include "tensor_map.h"
 
 namespace emulator {
 
@@ -21,6 +22,13 @@ namespace emulator {
 
 void* dynamic_shared();
 void* shared_array(const void* tag, std::size_t bytes, std::size_t align);
+
+// Sixteen aligned bytes at once. Passed in registers, so that no check is made of what a vector's elements do afterwards.
+struct Bits16 {
+  std::uint64_t low, high;
+};
+Bits16 load16(const void* from);
+void store16(void* to, Bits16 bits);
 
 void sync_threads();
 void sync_warp(std::uint32_t mask);
@@ -59,9 +67,22 @@ void cp_async_commit();
 void cp_async_wait(unsigned pending);
 void cp_async_wait_all();
 
+void mbarrier_init(void* barrier, unsigned count);
+void mbarrier_arrive(void* barrier);
+void mbarrier_arrive_expect_tx(void* barrier, unsigned bytes);
+void mbarrier_wait_parity(void* barrier, unsigned parity);
+void tensor_copy_2d(void* to, const TensorMap* map, void* barrier, int x, int y);
+void tensor_copy_3d(void* to, const TensorMap* map, void* barrier, int x, int y, int z);
+
 void ldmatrix(std::uint32_t* to, unsigned matrices, bool transposed, const void* row);
 void mma_bf16(float* d, const std::uint32_t* a, const std::uint32_t* b);
 void mma_f16(float* d, const std::uint32_t* a, const std::uint32_t* b);
+
+// A from `registers`, or by its descriptor where they are null.
+void wgmma(float* d, unsigned n, const std::uint32_t* registers, std::uint64_t a, std::uint64_t b, bool accumulate);
+void wgmma_commit();
+void wgmma_wait(unsigned pending);
+std::uint32_t shared_address(const void* address);
 
 }  // namespace emulator
 

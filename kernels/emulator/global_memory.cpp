@@ -79,7 +79,7 @@ std::string Bounds::nearest(std::uintptr_t begin) const {
     text.clear();
     auto bytes = static_cast<std::size_t>(a.end - a.begin);
     if (before) append(text, "%zu bytes before an allocation of %zu bytes", static_cast<std::size_t>(before), bytes);
-    else if (past) append(text, "%zu bytes past the end of an allocation of %zu bytes", static_cast<std::size_t>(past), bytes);
+    else if (begin >= a.end) append(text, "%zu bytes past the end of an allocation of %zu bytes", static_cast<std::size_t>(past), bytes);
     else append(text, "across the end of an allocation of %zu bytes", bytes);
   }
   return text;

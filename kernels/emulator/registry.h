@@ -6,6 +6,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "tensor_map.h"
+
 namespace emulator {
 
 struct Kernel {
@@ -52,6 +54,11 @@ struct TypeName<unsigned*> {
 template <>
 struct TypeName<unsigned long long*> {
   static constexpr const char* value = "u64*";
+};
+
+template <>
+struct TypeName<TensorMap> {
+  static constexpr const char* value = "tensor_map";
 };
 
 template <auto F>

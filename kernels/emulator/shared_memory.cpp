@@ -34,7 +34,7 @@ void SharedMemory::start(unsigned threads, std::size_t dynamic) {
 #endif
   if (order.start(threads)) words_.clear();
   arrays_.clear();
-  used_ = 0;
+  used_ = evict_ = 0;
   if (pending_words_) std::fill(pending_.begin(), pending_.end(), 0), pending_words_ = 0;
   if (dynamic) array(nullptr, dynamic, 1024);
 }
@@ -67,13 +67,13 @@ std::string SharedMemory::nearest(const void* address) const {
   std::string text = "this block has no shared memory";
   std::uint32_t at = offset(address), best = ~0u;
   for (auto& a : arrays_) {
-    std::uint32_t before = a.begin > at ? a.begin - at : 0, past = at >= a.end ? at - a.end : 0;
+    std::uint32_t before = a.begin > at ? a.begin - at : 0, past = at > a.end ? at - a.end : 0;
     if (before + past >= best) continue;
     best = before + past;
     text.clear();
     const char* kind = a.tag ? "a static" : "the dynamic";
     if (before) append(text, "%u bytes before %s array of %u bytes", before, kind, a.end - a.begin);
-    else if (past) append(text, "%u bytes past the end of %s array of %u bytes", past, kind, a.end - a.begin);
+    else if (at >= a.end) append(text, "%u bytes past the end of %s array of %u bytes", past, kind, a.end - a.begin);
     else append(text, "across the end of %s array of %u bytes", kind, a.end - a.begin);
   }
   return text;

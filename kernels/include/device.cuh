@@ -3,12 +3,14 @@
 
 #ifdef __CUDACC__
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
 using bf16 = __nv_bfloat16;
+using TensorMap = CUtensorMap;
 
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ bf16 to_bf16(float x) { return __float2bfloat16_rn(x); }
@@ -27,6 +29,8 @@ __device__ __forceinline__ bf16 to_bf16(float x) { return __float2bfloat16_rn(x)
 #else
 
 #include "../emulator/device.h"
+
+using emulator::TensorMap;
 
 struct bf16 {
   std::uint16_t bits;

@@ -3,12 +3,16 @@
 #pragma once
 #include "device.cuh"
 
-#ifdef __CUDACC__
 // The address that instructions on shared memory take.
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+#ifdef __CUDACC__
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+#else
+  return emulator::shared_address(p);
 #endif
+}
 
-// ---- Barriers 0 to 15 of a block, for `threads` threads of it (a multiple of 32). Barrier 0 is __syncthreads'. ----
+// ---- Barriers 1 to 15 of a block, for `threads` threads of it (a multiple of 32). Barrier 0 is __syncthreads'. ----
 
 __device__ __forceinline__ void named_barrier_sync(unsigned id, unsigned threads) {
 #ifdef __CUDACC__
@@ -150,3 +154,76 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (
   emulator::mma_f16(d, a, b);
 #endif
 }
+
+// ---- mbarrier (sm_90): eight aligned bytes of shared memory that count arrivals and the bytes of tensor copies. ----
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// By one thread; a barrier of the block must follow before others use it.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+  emulator::mbarrier_init(barrier, arrivals);
+#endif
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#else
+  emulator::mbarrier_arrive(barrier);
+#endif
+}
+
+// Arrives, and lets the phase wait for so many bytes more.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned bytes) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+#else
+  emulator::mbarrier_arrive_expect_tx(barrier, bytes);
+#endif
+}
+
+// Waits for the end of the phase of that parity: 0 for the first, 1 for the second, and so on.
+__device__ __forceinline__ void mbarrier_wait_parity(uint64_t* barrier, unsigned parity) {
+#ifdef __CUDACC__
+  unsigned done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+  } while (!done);
+#else
+  emulator::mbarrier_wait_parity(barrier, parity);
+#endif
+}
+
+// ---- Tensor copies (TMA, sm_90): the box whose first element is (x, y[, z]), innermost first, started by one thread. ----
+
+__device__ __forceinline__ void tensor_copy_2d(void* to, const TensorMap* map, uint64_t* barrier, int x, int y) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
+      : "memory");
+#else
+  emulator::tensor_copy_2d(to, map, barrier, x, y);
+#endif
+}
+
+__device__ __forceinline__ void tensor_copy_3d(void* to, const TensorMap* map, uint64_t* barrier, int x, int y, int z) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+#else
+  emulator::tensor_copy_3d(to, map, barrier, x, y, z);
+#endif
+}
+
+#endif

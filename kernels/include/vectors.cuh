@@ -17,7 +17,10 @@ __device__ __forceinline__ V load16(const T* from) {
   const uint4 bits = *reinterpret_cast<const uint4*>(from);
   return *reinterpret_cast<const V*>(&bits);
 #else
-  return *reinterpret_cast<const V*>(from);
+  const emulator::Bits16 bits = emulator::load16(from);
+  V value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 #endif
 }
 
@@ -27,7 +30,9 @@ __device__ __forceinline__ void store16(T* to, const V& value) {
 #ifdef __CUDACC__
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&value);
 #else
-  *reinterpret_cast<V*>(to) = value;
+  emulator::Bits16 bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  emulator::store16(to, bits);
 #endif
 }
 

@@ -47,6 +47,45 @@ impl Launch {
     }
 }
 
+/// A tensor of 16-bit elements, rows without gaps, and the box of it that one copy of the tensor memory accelerator moves.
+/// Stands for `CUtensorMap`; `kernels/emulator/tensor_map.h` has the same fields.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug)]
+pub struct TensorMap {
+    base: u64,
+    size: [u64; 3],
+    stride: [u64; 2],
+    region: [u32; 3],
+    rank: u32,
+    swizzle: u32,
+    reserved: [u32; 15],
+}
+
+impl TensorMap {
+    /// `size` and `region` (the box) in elements, the innermost dimension first, two or three of them; `swizzle` in bytes.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when the memory is no such tensor. What the hardware refuses besides is an error of the launch.
+    pub fn new(memory: &Memory, size: &[usize], region: &[u32], swizzle: u32) -> Result<TensorMap> {
+        let n = size.iter().try_fold(1usize, |n, &s| n.checked_mul(s));
+        let fits = memory.dtype.size() == 2 && n.is_some_and(|n| n <= memory.len);
+        if !fits || !(2..=3).contains(&size.len()) || region.len() != size.len() {
+            return Err(Error::internal(format!("boxes of {region:?} in a tensor of {size:?} in {memory:?}")));
+        }
+        let at = |i: usize| size.get(i).map_or(1, |&s| s as u64);
+        let side = |i: usize| region.get(i).copied().unwrap_or(1);
+        Ok(TensorMap {
+            base: memory.ptr as u64,
+            size: [at(0), at(1), at(2)],
+            stride: [at(0) * 2, at(0) * at(1) * 2],
+            region: [side(0), side(1), side(2)],
+            rank: size.len() as u32,
+            swizzle,
+            reserved: [0; 15],
+        })
+    }
+}
+
 /// An argument of a kernel. Its type must be the parameter's.
 #[derive(Clone, Copy, Debug)]
 pub enum Arg<'a> {
@@ -60,6 +99,8 @@ pub enum Arg<'a> {
     U32(u32),
     /// A `float`.
     F32(f32),
+    /// A tensor map, by value.
+    TensorMap(&'a TensorMap),
 }
 
 impl Emulator {
@@ -69,7 +110,10 @@ impl Emulator {
     /// [`Error::Limit`] where the crate was built without a C++ compiler.
     pub fn new(seed: u64) -> Result<Emulator> {
         if !cfg!(emulator) {
-            return Err(Error::limit("this program was built without the CUDA emulator", "install g++ and build it again"));
+            return Err(Error::limit(
+                "this program was built without the CUDA emulator",
+                "install g++ and build it again",
+            ));
         }
         // Each worker has stacks for a thousand threads and a map of who touched which byte: a few are enough.
         let workers = std::thread::available_parallelism().map_or(1, |n| n.get()).min(8);
@@ -104,9 +148,15 @@ impl Emulator {
     /// # Errors
     /// [`Error::Internal`] with all that is known when the launch does not fit the kernel, or the kernel does what it must not.
     pub fn launch(&self, kernel: &str, shape: Launch, args: &[Arg<'_>]) -> Result<()> {
-        let mut values: Vec<u64> = args.iter().map(Arg::value).collect();
+        let scalars: Vec<u64> = args.iter().map(Arg::scalar).collect();
+        let values: Vec<*const u64> = (args.iter().zip(&scalars))
+            .map(|(arg, scalar)| match arg {
+                Arg::TensorMap(map) => std::ptr::from_ref::<TensorMap>(map).cast(),
+                _ => std::ptr::from_ref(scalar),
+            })
+            .collect();
         let types: Vec<&'static std::ffi::CStr> = args.iter().map(Arg::type_name).collect();
-        ffi::run(kernel, shape, self.seed, self.workers, &types, &mut values).map_err(Error::internal)
+        ffi::run(kernel, shape, self.seed, self.workers, &types, &values).map_err(Error::internal)
     }
 }
 
@@ -139,11 +189,11 @@ impl Drop for Memory {
 }
 
 impl Arg<'_> {
-    /// The bytes that the kernel reads, from the lowest on.
-    fn value(&self) -> u64 {
+    /// The bytes of an argument of at most eight, from the lowest on.
+    fn scalar(&self) -> u64 {
         match *self {
             Arg::Memory(m) => m.ptr as u64,
-            Arg::Null(_) => 0,
+            Arg::Null(_) | Arg::TensorMap(_) => 0,
             Arg::I32(v) => u64::from(v as u32),
             Arg::U32(v) => u64::from(v),
             Arg::F32(v) => u64::from(v.to_bits()),
@@ -166,6 +216,7 @@ impl Arg<'_> {
             Arg::I32(_) => c"i32",
             Arg::U32(_) => c"u32",
             Arg::F32(_) => c"f32",
+            Arg::TensorMap(_) => c"tensor_map",
         }
     }
 }
@@ -176,6 +227,7 @@ mod ffi {
     use super::Launch;
     use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
+    /// As the emulator's header has it.
     #[repr(C)]
     struct RawLaunch {
         kernel: *const c_char,
@@ -186,7 +238,7 @@ mod ffi {
         workers: u32,
         arguments: u32,
         types: *const *const c_char,
-        values: *const *mut c_void,
+        values: *const *const u64,
     }
 
     unsafe extern "C" {
@@ -211,11 +263,10 @@ mod ffi {
         seed: u64,
         workers: u32,
         types: &[&'static CStr],
-        values: &mut [u64],
+        values: &[*const u64],
     ) -> Result<(), String> {
         let name = CString::new(kernel).map_err(|_| format!("no kernel is named {kernel:?}"))?;
         let types: Vec<*const c_char> = types.iter().map(|t| t.as_ptr()).collect();
-        let values: Vec<*mut c_void> = values.iter_mut().map(|v| (v as *mut u64).cast()).collect();
         let launch = RawLaunch {
             kernel: name.as_ptr(),
             grid: shape.grid,
@@ -250,7 +301,20 @@ mod ffi {
 
     pub(super) fn release(_: *mut u8) {}
 
-    pub(super) fn run(_: &str, _: Launch, _: u64, _: u32, _: &[&'static CStr], _: &mut [u64]) -> Result<(), String> {
+    pub(super) fn run(_: &str, _: Launch, _: u64, _: u32, _: &[&'static CStr], _: &[*const u64]) -> Result<(), String> {
         Err("this program was built without the CUDA emulator".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_emulator_is_there_or_says_what_is_missing() {
+        match Emulator::new(1) {
+            Ok(gpu) => assert_eq!(gpu.upload(&[1.5f32]).unwrap().read::<f32>().unwrap(), [1.5]),
+            Err(e) => assert!(e.to_string().contains("install g++"), "{e}"),
+        }
     }
 }

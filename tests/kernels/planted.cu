@@ -1,5 +1,6 @@
 // Kernels with one mistake each. tests/emulator.rs finds the lines by the marks at their ends.
 #include "include/ptx.cuh"
+#include "include/vectors.cuh"
 
 // Warp 0 waits for a warp that waits for warp 0.
 GLOBAL void deadlock(float* out) {
@@ -139,6 +140,11 @@ GLOBAL void misaligned(const float* in, float* out) {
   out[0] = *reinterpret_cast<const float*>(reinterpret_cast<const char*>(in) + 2);  // MARK misaligned
 }
 KERNEL(misaligned, 1);
+
+GLOBAL void misaligned_vector(const float* in, float* out) {
+  store16(out, load16<f32x4>(in + 2));  // MARK misaligned-vector
+}
+KERNEL(misaligned_vector, 1);
 
 // The order in which warps come decides the result.
 GLOBAL void order_dependent(unsigned* counter, unsigned* order) {
