@@ -267,7 +267,7 @@ fn tensor_copies_move_swizzled_boxes_through_a_ring_of_mbarriers() {
                     let chunk = chunk ^ (row % (swizzle as usize / 16).max(1));
                     let byte = row * 128 + chunk * 16 + e * 2 % 16;
                     let word = out[b * elements / 2 + byte / 4];
-                    let got = if byte % 4 == 0 { word & 0xFFFF } else { word >> 16 };
+                    let got = if byte.is_multiple_of(4) { word & 0xFFFF } else { word >> 16 };
                     assert_eq!(got as u16, want, "swizzle {swizzle}, rank {rank}, box {corner:?}, element {in_box:?}");
                 }
             }
@@ -589,9 +589,9 @@ fn swiglu_forward_and_backward_also_in_place() {
         let dh = rng.bf16s(rows * width, 1.0);
         let (mut want, mut plain) = (vec![], vec![]);
         let (mut want_dx, mut plain_dx) = (vec![0.0; rows * 2 * width], vec![0.0; rows * 2 * width]);
-        for i in 0..rows * width {
+        for (i, d) in dh.iter().enumerate() {
             let (gate, up) = (i / width * 2 * width + i % width, i / width * 2 * width + width + i % width);
-            let (g, u, d) = (x[gate].to_f64(), x[up].to_f64(), dh[i].to_f64());
+            let (g, u, d) = (x[gate].to_f64(), x[up].to_f64(), d.to_f64());
             let s = 1.0 / (1.0 + (-g).exp());
             want.push(g * s * u);
             plain.push(round(round(g * round(s)) * u));
