@@ -2,58 +2,21 @@
 //! vision tower. Rates are floating-point operations a second (multiply-adds of visible pairs count two); beside them a
 //! matrix product of about the same size, on the same threads.
 //!
-//! `cargo bench --bench attention`; VARFT_THREADS sets the threads (all cores otherwise).
+//! `cargo bench --bench attention`; BENCH_THREADS sets the threads (all cores otherwise).
+
+mod harness;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use harness::device;
+use harness::operands::{cu_seqlens, paged, random};
 use std::time::Duration;
-use varft::device::{Buffer, DType, Device};
-use varft::ops::attention::{Segments, paged_backward, paged_forward, varlen_backward, varlen_forward};
-use varft::ops::kv_cache::{BLOCK, KvCache};
+use varft::device::DType;
+use varft::ops::attention::{paged_backward, paged_forward, varlen_backward, varlen_forward};
 use varft::ops::linear::{self, Epilogue, Weight};
 
 const HQ: usize = 8;
 const HKV: usize = 2;
 const HD: usize = 64;
-
-fn device() -> Device {
-    Device::cpu(std::env::var("VARFT_THREADS").ok().and_then(|t| t.parse().ok()).unwrap_or(0))
-}
-
-fn random(d: &Device, n: usize) -> Buffer {
-    let mut x = 1u32;
-    let values: Vec<f32> = (0..n)
-        .map(|_| {
-            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (x >> 8) as f32 / (1 << 23) as f32 - 1.0
-        })
-        .collect();
-    d.upload(&values)
-}
-
-/// Segments of (queries, context), each with pages of its own; a cache that holds them.
-fn paged(d: &Device, lens: &[(usize, usize)]) -> (Segments, KvCache, usize) {
-    let stride = lens.iter().map(|l| l.1.div_ceil(BLOCK)).max().unwrap_or(0);
-    let cu: Vec<u32> = std::iter::once(0)
-        .chain(lens.iter().scan(0, |a, l| {
-            *a += l.0 as u32;
-            Some(*a)
-        }))
-        .collect();
-    let tables: Vec<u32> = (0..(lens.len() * stride) as u32).collect();
-    let kv: Vec<u32> = lens.iter().map(|l| l.1 as u32).collect();
-    let mut cache = KvCache::new(d, 1, lens.len() * stride, HKV, HD);
-    let n = cache.layers[0].k.len();
-    cache.layers[0].k = random(d, n);
-    cache.layers[0].v = random(d, n);
-    let seg = Segments {
-        cu_seqlens_q: d.upload(&cu),
-        kv_lens: d.upload(&kv),
-        block_tables: d.upload(&tables),
-        stride,
-        n: lens.len(),
-    };
-    (seg, cache, cu[lens.len()] as usize)
-}
 
 fn decoder(c: &mut Criterion) {
     let d = device();
@@ -68,7 +31,7 @@ fn decoder(c: &mut Criterion) {
         ("train/4x512", vec![(512, 512); 4]),
     ];
     for (name, lens) in cases {
-        let (seg, cache, t) = paged(&d, &lens);
+        let (seg, cache, t) = paged(&d, &lens, HKV, HD);
         let pairs: usize = lens.iter().map(|&(q, kv)| (0..q).map(|i| kv - q + i + 1).sum::<usize>()).sum();
         let (stride, layer) = ((HQ + 2 * HKV) * HD, &cache.layers[0]);
         let q = random(&d, t * stride);
@@ -82,7 +45,7 @@ fn decoder(c: &mut Criterion) {
             });
         });
         if name.starts_with("train") {
-            let (_, grads, _) = paged(&d, &lens);
+            let (_, grads, _) = paged(&d, &lens, HKV, HD);
             let (dout, dq, dkv) = (random(&d, t * HQ * HD), d.zeros(DType::F32, t * stride), &grads.layers[0]);
             g.throughput(Throughput::Elements((pairs * HQ * HD * 10) as u64));
             g.bench_function("backward", |b| {
@@ -107,12 +70,7 @@ fn vision(c: &mut Criterion) {
         ("vision/full-x8", vec![400; 8]),
     ] {
         let t: usize = windows.iter().sum();
-        let cu: Vec<u32> = std::iter::once(0)
-            .chain(windows.iter().scan(0, |a, &w| {
-                *a += w as u32;
-                Some(*a)
-            }))
-            .collect();
+        let cu = cu_seqlens(windows.iter().copied());
         let pairs: usize = windows.iter().map(|w| w * w).sum();
         let (n, cu, qkv) = (windows.len(), d.upload(&cu), random(&d, t * 3 * h * hd));
         let (out, lse) = (d.zeros(DType::F32, t * h * hd), d.zeros(DType::F32, t * h));

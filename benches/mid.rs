@@ -17,13 +17,15 @@
 //!
 //! No run finds anything of another in a cache: every one has its own random tokens and pixels.
 
+mod harness;
 mod limits;
 
-use limits::seconds;
-use std::io::{BufRead, Write};
+use harness::{Mode, ROUNDS};
+use limits::{Probe, Rates, median, seconds};
+use serde_json::json;
 use std::sync::Arc;
 use varft::Result;
-use varft::device::{Buffer, DType, Device, Pool};
+use varft::device::{Buffer, DType, Device};
 use varft::engine::{Engine, EngineOptions, Request, Sampling};
 use varft::input::{Image, Prompt};
 use varft::model::train::Group;
@@ -56,7 +58,6 @@ const CASES: [(&str, usize); 9] = [
     ("train", SEQUENCES),
     ("grpo", 8),
 ];
-const ROUNDS: usize = 5;
 
 /// Everything that a case may need, and random numbers.
 struct Bench {
@@ -72,7 +73,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Result<Bench> {
-        let device = Device::cpu(std::env::var("BENCH_THREADS").ok().and_then(|n| n.parse().ok()).unwrap_or(0));
+        let device = harness::device();
         let config = Preset::Mid.config();
         let model = Arc::new(Model::random(config.clone(), 0, &device, &LoadOptions::default())?);
         let options = EngineOptions { kv_bytes: 256 << 20, vision_bytes: 16 << 20, ..Default::default() };
@@ -294,9 +295,7 @@ fn products(s: &LayerShape) -> f64 {
 
 /// Runs each case and the machine's limits by turns, and prints the medians.
 fn table(bench: &mut Bench, only: Option<&str>) -> Result<()> {
-    let pool = Pool::new(bench.device.threads());
-    // No cache holds it.
-    let memory = vec![1f32; 64 << 20];
+    let mut probe = Probe::new(&bench.device);
     println!("| case | GFLOP | GB | GFLOP/s peak | GB/s peak | limit s | ours s | of the limit | rate |");
     println!("|---|---|---|---|---|---|---|---|---|");
     for (case, batch) in CASES {
@@ -304,16 +303,13 @@ fn table(bench: &mut Bench, only: Option<&str>) -> Result<()> {
         if only.is_some_and(|only| only.replace(':', " ") != name) {
             continue;
         }
-        let [mut times, mut peaks, mut rates] = [const { Vec::new() }; 3];
+        let (mut times, mut rates) = (Vec::new(), Vec::new());
         bench.run(case, batch)?;
         for _ in 0..ROUNDS {
-            let arithmetic = (0..20).map(|_| seconds(|| limits::arithmetic(&pool))).fold(f64::INFINITY, f64::min);
-            let reads = [1, 4].map(|streams| seconds(|| limits::reads(&pool, &memory, streams)));
-            peaks.push(limits::arithmetic_flops(&pool) as f64 / arithmetic);
-            rates.push(4.0 * memory.len() as f64 / reads[0].min(reads[1]));
+            rates.push(probe.rates());
             times.push(bench.run(case, batch)?);
         }
-        let [time, peak, rate] = [times, peaks, rates].map(median);
+        let (time, Rates { flops: peak, reads: rate, .. }) = (median(times), Rates::median(&rates));
         let w = Work::of(&bench.config, case, batch);
         // A step of decoding computes while it reads; an update's optimizer follows its products.
         let (arithmetic, memory) = (w.flops / peak, w.bytes / rate);
@@ -332,39 +328,17 @@ fn table(bench: &mut Bench, only: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-/// A line `case batch` in, a line of JSON out, until stdin ends.
-fn worker(bench: &mut Bench) -> Result<()> {
-    let answer = |value: serde_json::Value| {
-        println!("{value}");
-        std::io::stdout().flush().map_err(|e| varft::Error::io("write to", "stdout", e))
-    };
-    answer(serde_json::json!({ "ready": true, "threads": bench.device.threads() }))?;
-    for line in std::io::stdin().lock().lines() {
-        let line = line.map_err(|e| varft::Error::io("read from", "stdin", e))?;
-        let mut words = line.split_whitespace();
-        let case = words.next().unwrap_or_default();
-        let batch = words.next().and_then(|b| b.parse().ok()).unwrap_or(1);
-        let seconds = bench.run(case, batch)?;
-        answer(serde_json::json!({ "case": case, "batch": batch, "seconds": seconds }))?;
-    }
-    Ok(())
-}
-
 fn main() -> Result<()> {
-    let arguments: Vec<String> = std::env::args().collect();
-    // `cargo test --benches` runs this too; it would say nothing there.
-    if !arguments.iter().any(|a| a == "--bench") {
+    let mode = Mode::of_arguments();
+    if matches!(mode, Mode::Test) {
         return Ok(());
     }
     let mut bench = Bench::new()?;
-    if arguments.iter().any(|a| a == "--worker") {
-        return worker(&mut bench);
+    match mode {
+        Mode::Table(only) => table(&mut bench, only.as_deref()),
+        _ => harness::worker(json!({ "ready": true, "threads": bench.device.threads() }), |case, size| {
+            let batch = size.parse().unwrap_or(1);
+            Ok(json!({ "case": case, "batch": batch, "seconds": bench.run(case, batch)? }))
+        }),
     }
-    let only = arguments.iter().position(|a| a == "--only").and_then(|i| arguments.get(i + 1));
-    table(&mut bench, only.map(String::as_str))
 }

@@ -51,6 +51,12 @@ pub enum Error {
     Internal(String),
 }
 
+/// What a panic said, if that was text.
+pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it did not say why")
+}
+
 fn io_hint(e: &std::io::Error) -> &'static str {
     match e.kind() {
         std::io::ErrorKind::StorageFull => "; free some space on that disk and run the same command again",
@@ -75,6 +81,15 @@ impl Error {
     /// An [`Error::Limit`]: what did not fit, and what to change.
     pub fn limit(what: impl Into<String>, mend: impl Into<String>) -> Self {
         Error::Limit { what: what.into(), mend: mend.into() }
+    }
+    /// The [`Error::Limit`] of a thread that the system refused; `what`: whose thread, as in `the engine's thread`.
+    pub fn no_thread(what: &str, source: std::io::Error) -> Self {
+        let mend = "free some memory, or raise the limit on this user's processes (ulimit -u)";
+        Error::limit(format!("cannot start {what}: {source}"), mend)
+    }
+    /// The [`Error::Internal`] of a panic that was caught; `what`: what was going on.
+    pub(crate) fn panicked(what: &str, panic: &(dyn std::any::Any + Send)) -> Self {
+        Error::Internal(format!("{what} panicked: {}", panic_message(panic)))
     }
     /// An [`Error::Internal`].
     pub fn internal(what: impl Into<String>) -> Self {

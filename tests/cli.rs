@@ -275,6 +275,82 @@ fn eval_scores_rows_of_a_file_and_writes_results_as_the_published_evaluation_doe
     assert!(o.status.code() == Some(1) && stderr(&o).contains("gone.json"), "{}", stderr(&o));
 }
 
+/// Runs a command and interrupts it as Ctrl-C does once a line of what it says begins with `sign`.
+fn interrupted(args: &[&str], sign: &str) -> Output {
+    use std::io::{BufRead, BufReader, Read};
+    use std::process::Stdio;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_varft"));
+    let mut child = command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut listening = BufReader::new(child.stderr.take().unwrap());
+    let mut said = String::new();
+    while !said.lines().any(|l| l.starts_with(sign)) {
+        assert_ne!(listening.read_line(&mut said).unwrap(), 0, "{said}");
+    }
+    // SAFETY: our own child, which has not been waited for.
+    unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+    listening.read_to_string(&mut said).unwrap();
+    Output { stderr: said.into_bytes(), ..child.wait_with_output().unwrap() }
+}
+
+#[test]
+fn ctrl_c_keeps_the_episodes_that_are_complete() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    assert!(varft(&["init", "tiny", &at("model")]).status.success());
+    let (model, out) = (at("model"), at("eval"));
+    let long = [&SMALL[..], &["task.eval_items=3000", "rollout.max_new_tokens=100", "rollout.concurrency=4"]].concat();
+    // What it says of itself at the end: so many of so many.
+    let complete = |o: &Output, all: &str| -> usize {
+        let said = stderr(o);
+        assert_eq!(o.status.code(), Some(1), "{said}");
+        let line =
+            said.lines().find(|l| l.starts_with("error: cancelled: stopped: ")).unwrap_or_else(|| panic!("{said}"));
+        let words: Vec<&str> = line.split_whitespace().collect();
+        assert_eq!(words[4..6], ["of", all], "{line}");
+        words[3].parse().unwrap()
+    };
+    let o = interrupted(&with_sets(&["eval", "--model", &model, "--out", &out], &long), "eval 1/3000");
+    let n = complete(&o, "3000");
+    assert!((1..3000).contains(&n), "{n}");
+    let results: Vec<serde_json::Value> =
+        serde_json::from_str(&std::fs::read_to_string(at("eval/results.json")).unwrap()).unwrap();
+    assert_eq!(results.len(), n);
+    let all = stdout(&o).lines().find(|l| l.starts_with("all ")).unwrap().to_string();
+    assert_eq!(all.split_whitespace().nth(1), Some(n.to_string().as_str()), "{all}");
+    assert!(
+        lines(&at("eval/trajectories/eval-000000.jsonl")).len() == n && Path::new(&at("eval/report.html")).is_file()
+    );
+
+    let out = at("rollout");
+    let args = ["rollout", "--model", &model, "--out", &out, "--items", "1000", "--samples", "3"];
+    let o = interrupted(&with_sets(&args, &long), "rollout 1/3000");
+    let n = complete(&o, "3000");
+    assert!((1..3000).contains(&n), "{n}");
+    assert_eq!(lines(&at("rollout/episodes.jsonl")).len(), n);
+    assert!(stdout(&o).contains(&format!("{n} episodes")) && Path::new(&at("rollout/report.html")).is_file());
+}
+
+#[test]
+fn a_quickstart_that_was_interrupted_is_a_run_like_any_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("quick").to_str().unwrap().to_string();
+    let small =
+        ["task.eval_items=4", "rollout.prompts=2", "rollout.group_size=2", "optim.steps=12", "log.eval_every=12"];
+    let o = interrupted(&with_sets(&["quickstart", "--out", &run], &small), "train 1/12");
+    let said = stderr(&o);
+    assert_eq!(o.status.code(), Some(1), "{said}");
+    let resume =
+        said.lines().find_map(|l| l.trim().strip_prefix("to go on: varft ")).unwrap_or_else(|| panic!("{said}"));
+    let o = varft(&resume.split(' ').collect::<Vec<_>>());
+    assert!(o.status.success(), "{}", stderr(&o));
+    let last = lines(&format!("{run}/metrics.jsonl")).pop().unwrap();
+    assert_eq!(last["step"], 12, "{last}");
+    // And it can be read, and changed, as a run file.
+    let out = dir.path().join("eval").to_str().unwrap().to_string();
+    let o = varft(&["eval", &run, "--out", &out]);
+    assert!(o.status.success(), "{}", stderr(&o));
+}
+
 /// Talks to a model through a pipe.
 fn chat(args: &[&str], said: &str) -> Output {
     use std::io::Write;

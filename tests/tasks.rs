@@ -1,5 +1,7 @@
 //! Data sets on disk, synthetic examples, and that their ideal repairs repair.
 
+mod pictures;
+
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -89,6 +91,9 @@ fn images_of_rows_are_loaded_or_named_in_the_error() {
     std::fs::write(dir.path().join("dark_1_ori.png"), b"\x89PNG\r\n\x1a\nbroken").unwrap();
     let e = row.load(dir.path()).unwrap_err().to_string();
     assert!(e.contains("dark_1_ori.png") && e.contains("decoded"), "{e}");
+    std::fs::write(dir.path().join("dark_1_ori.png"), pictures::png_that_claims(30_000, 30_000)).unwrap();
+    let e = row.load(dir.path()).unwrap_err().to_string();
+    assert!(e.contains("dark_1_ori.png") && e.contains("id 3") && e.contains("30000x30000"), "{e}");
     for name in ["dark_1_ori.png", "dark_1_proc.png"] {
         RgbImage::from_pixel(3, 2, Rgb([1, 2, 3])).save(dir.path().join(name)).unwrap();
     }
@@ -219,6 +224,10 @@ fn a_configuration_that_cannot_work_is_refused_by_name() {
     let empty = tempfile::tempdir().unwrap();
     let config = Config { photographs: Some(empty.path().into()), ..good() };
     assert!(Synthetic::new(config, 0).err().unwrap().to_string().contains("no photographs"));
+    std::fs::write(empty.path().join("flat.png"), pictures::png_that_claims(0, 9)).unwrap();
+    let config = Config { photographs: Some(empty.path().into()), ..good() };
+    let e = Synthetic::new(config, 0).err().unwrap().to_string();
+    assert!(e.contains("flat.png (a photograph)") && e.contains("0x9") && e.contains("to mend it"), "{e}");
 }
 
 #[test]

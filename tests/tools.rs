@@ -340,12 +340,27 @@ fn kill(pid: u32, signal: i32) {
 
 #[test]
 fn a_clock_overrun_is_the_machinerys_fault() {
-    let mut call = ToolCall::new("import select\nselect.select([], [], [], 99)");
+    let mut call = ToolCall::new("while True: pass");
     call.limits.wall = Duration::from_millis(700);
     let begun = Instant::now();
     let e = tool().run(call).unwrap_err();
     assert!(matches!(&e, Error::Tool { tool, what } if tool == "python" && what.contains("700ms")), "{e}");
     assert!(begun.elapsed() < Duration::from_secs(60));
+}
+
+#[test]
+fn code_that_only_waits_has_failed() {
+    for code in [
+        "import select\nselect.select([], [], [], 999)",
+        "import threading\nthreading.Event().wait()",
+        "import os\nos.read(os.pipe()[0], 1)",
+        "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
+    ] {
+        let wall = Duration::from_secs(4);
+        let result = limited(&format!("print('before', flush=True)\n{code}"), Limits { wall, ..Limits::default() });
+        assert!(result.outcome.message().contains("waited without computing"), "{code}: {:?}", result.outcome);
+        assert_eq!((result.outcome.kind(), result.stdout.as_str()), ("program_error", "before\n"), "{code}");
+    }
     let waited = ok("import time\ntime.sleep(1000)");
     assert!(waited.usage.wall < Duration::from_secs(60), "waiting helps nothing and costs nothing");
 }

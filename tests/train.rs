@@ -7,6 +7,7 @@ use school::{COMMON, School, ok, run_keys, school, sft_args, stderr, text, varft
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use varft::agent::{CodingProtocol, EnginePolicy, EpisodeOptions, PromptStyle, Rollouts};
 use varft::device::Device;
@@ -14,8 +15,8 @@ use varft::engine::{Engine, EngineOptions, Sampling};
 use varft::input::{ChatTemplate, ImageProcessor, Picture, Tokenizer};
 use varft::model::{LoadOptions, Model};
 use varft::report::{Record, read_metrics};
-use varft::tasks::SyntheticExamples;
 use varft::tasks::synthetic::{Subset, Synthetic};
+use varft::tasks::{Example, Examples, SyntheticExamples};
 use varft::tools::{Outcome, Tool, ToolCall, ToolResult};
 use varft::train::checkpoint::TrainState;
 use varft::train::grpo::{self, Finished};
@@ -46,6 +47,30 @@ fn config(model: &Path, run: &Path, keys: &[&str]) -> RunConfig {
 
 /// Trains in this process, with the stub for a tool; returns what was logged about training steps.
 fn train(keys: &[&str], run: &Path) -> Vec<Record> {
+    assert_eq!(train_on(keys, run, u64::MAX).unwrap(), Finished::Complete);
+    read_metrics(run).unwrap().into_iter().filter(|r| r.values.iter().any(|(n, _)| n == "policy/loss")).collect()
+}
+
+/// Questions of which only so many can be had.
+struct RunningOut {
+    all: SyntheticExamples,
+    left: AtomicU64,
+}
+
+impl Examples for RunningOut {
+    fn len(&self) -> u64 {
+        self.all.len()
+    }
+    fn get(&self, i: u64) -> varft::Result<Arc<Example>> {
+        match self.left.fetch_sub(1, Ordering::Relaxed) {
+            0 => Err(varft::Error::input("no more questions", "wait")),
+            _ => self.all.get(i),
+        }
+    }
+}
+
+/// [`train`] on so many questions.
+fn train_on(keys: &[&str], run: &Path, questions: u64) -> varft::Result<Finished> {
     let config = config(&school().model, run, keys);
     let device = Device::cpu(2);
     let options = LoadOptions { freeze_vision: config.model.freeze_vision, progress: false };
@@ -81,17 +106,17 @@ fn train(keys: &[&str], run: &Path) -> Vec<Record> {
         },
         engine: engine.clone(),
         tokenizer: tokenizer.clone(),
-        train: Arc::new(SyntheticExamples { task, subset: Subset::Train, items: 50 }),
+        train: Arc::new(RunningOut {
+            all: SyntheticExamples { task, subset: Subset::Train, items: 50 },
+            left: AtomicU64::new(questions),
+        }),
         eval: Vec::new(),
         stop: Arc::default(),
-        companions: Vec::new(),
     };
     let mut learner = Learner::new(model, &config.optim, engine.forbidden());
-    let state = TrainState { kind: "train".into(), step: 0, updates: 0, seed: config.run.seed };
+    let state = TrainState { kind: "train".into(), step: 0, updates: 0 };
     let mut keeper = Keeper::open(run, &config, state, tokenizer, Vec::new()).unwrap();
-    let finished = grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper).unwrap();
-    assert_eq!(finished, Finished::Complete);
-    read_metrics(run).unwrap().into_iter().filter(|r| r.values.iter().any(|(n, _)| n == "policy/loss")).collect()
+    grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper)
 }
 
 fn figure(r: &Record, name: &str) -> f64 {
@@ -155,6 +180,24 @@ fn a_frozen_vision_tower_stays_as_it_is() {
         let moved = moved(&run, 3);
         assert!(moved.iter().any(|n| n.contains("layers.0.self_attn.q_proj")), "{moved:?}");
         assert_eq!(moved.iter().any(|n| n.contains("visual.")), !freeze, "{moved:?}");
+    }
+}
+
+#[test]
+fn a_failure_between_updates_costs_no_complete_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let (calm, failed) = (dir.path().join("calm"), dir.path().join("failed"));
+    let keys = ["log.eval_every=0", "log.keep_last=0", "optim.steps=3", "optim.lr=1e-3", "algo.mask_truncated=false"];
+    train(&[&keys[..], &["log.checkpoint_every=1"]].concat(), &calm);
+    assert!(!moved(&calm, 2).is_empty(), "nothing was learned, so nothing is shown");
+    // Three for each of two steps; the third step fails at its second question.
+    let e = train_on(&[&keys[..], &["log.checkpoint_every=0"]].concat(), &failed, 7).unwrap_err().to_string();
+    assert!(e.contains("no more questions"), "{e}");
+    let newest = Checkpoints::new(&failed, 0).latest().unwrap().0.unwrap();
+    assert_eq!(newest.state.step, 2);
+    for file in ["model.safetensors", "optimizer.safetensors", "train_state.json"] {
+        let read = |run: &Path| std::fs::read(run.join("checkpoints/step-2").join(file)).unwrap();
+        assert!(read(&calm) == read(&failed), "{file}");
     }
 }
 

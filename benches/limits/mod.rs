@@ -1,8 +1,10 @@
-//! What the machine can do: multiply-adds per second, and bytes read per second.
+//! What the machine can do: multiply-adds per second, and bytes read or copied per second.
+
+#![allow(dead_code)] // a bench takes what it needs of it
 
 use std::hint::black_box;
 use std::time::Instant;
-use varft::device::Pool;
+use varft::device::{Buffer, Device, Pool};
 
 /// Steps of the probe of the multiply-add rate, and its operations per step.
 const STEPS: usize = 20_000;
@@ -86,6 +88,10 @@ fn read(data: &[f32], streams: usize) {
 /// Floats that a thread reads at a time: a panel of 4096 inputs four times.
 const CHUNK: usize = 4 * 16 * 4096;
 
+/// Floats that a [`Probe`] reads at a time, and of how many such pieces: together four times the last cache.
+const PIECE: usize = 4 << 20;
+const PIECES: usize = 8;
+
 /// How long `f` takes.
 pub fn seconds(f: impl FnOnce()) -> f64 {
     let start = Instant::now();
@@ -107,4 +113,88 @@ pub fn arithmetic(pool: &Pool) {
 pub fn reads(pool: &Pool, data: &[f32], streams: usize) {
     let chunk = CHUNK.min(data.len() / (4 * pool.threads()));
     pool.run(data.len() / chunk, |i| read(&data[i * chunk..][..chunk], streams));
+}
+
+/// Copies `from` to `to` on all threads; past the caches if `streaming`, where the processor can.
+pub fn copies(pool: &Pool, from: &[f32], to: &mut [f32], streaming: bool) {
+    let part = |i: usize, to: &mut [f32]| {
+        let from = &from[i * CHUNK..][..to.len()];
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::*;
+            #[target_feature(enable = "avx2")]
+            fn stream(from: &[f32], to: &mut [f32]) {
+                for (from, to) in from.chunks_exact(8).zip(to.chunks_exact_mut(8)) {
+                    // SAFETY: eight floats each; `to` was checked to begin at a multiple of 32 bytes.
+                    unsafe { _mm256_stream_ps(to.as_mut_ptr(), _mm256_loadu_ps(from.as_ptr())) }
+                }
+                _mm_sfence();
+            }
+            if streaming && to.as_ptr().addr().is_multiple_of(32) && is_x86_feature_detected!("avx2") {
+                // SAFETY: just detected.
+                return unsafe { stream(from, to) };
+            }
+        }
+        to.copy_from_slice(from);
+    };
+    pool.chunks_mut(to, CHUNK, part);
+}
+
+/// What the machine does a second.
+#[derive(Clone, Copy)]
+pub struct Rates {
+    /// Operations of independent multiply-adds, two each.
+    pub flops: f64,
+    /// Bytes read.
+    pub reads: f64,
+    /// Bytes read and bytes written by a copy, together.
+    pub copies: f64,
+}
+
+impl Rates {
+    /// The median of each.
+    pub fn median(all: &[Rates]) -> Rates {
+        let of = |f: fn(&Rates) -> f64| median(all.iter().map(f).collect());
+        Rates { flops: of(|r| r.flops), reads: of(|r| r.reads), copies: of(|r| r.copies) }
+    }
+}
+
+/// The middle one of `values`, of which there is at least one.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Measures [`Rates`]: each time the best of a few ways and bursts.
+pub struct Probe {
+    pool: Pool,
+    /// No cache holds either. In huge pages, as the weights are.
+    from: Buffer,
+    to: Buffer,
+}
+
+impl Probe {
+    /// On as many threads as `device` has.
+    pub fn new(device: &Device) -> Probe {
+        let memory = || device.upload(&vec![1f32; PIECES * PIECE]);
+        Probe { pool: Pool::new(device.threads()), from: memory(), to: memory() }
+    }
+
+    /// The rates of this moment.
+    pub fn rates(&mut self) -> Rates {
+        let pool = &self.pool;
+        // SAFETY: nobody else has these buffers.
+        let (from, to) = unsafe { (self.from.get::<f32>(), self.to.get_mut::<f32>()) };
+        let least =
+            |times: usize, f: &mut dyn FnMut(usize)| (0..times).map(|i| seconds(|| f(i))).fold(f64::INFINITY, f64::min);
+        let arithmetic = least(200, &mut |_| arithmetic(pool));
+        // Piece after piece, so that a moment without other work is long enough for one.
+        let piece = |i: usize| i % PIECES * PIECE..(i % PIECES + 1) * PIECE;
+        let read = least(4 * PIECES, &mut |i| reads(pool, &from[piece(i)], [1, 4][i / PIECES % 2]));
+        let copy = least(4 * PIECES, &mut |i| {
+            copies(pool, &from[piece(i)], &mut to[piece(i)], (i / PIECES).is_multiple_of(2))
+        });
+        let bytes = 4.0 * PIECE as f64;
+        Rates { flops: arithmetic_flops(pool) as f64 / arithmetic, reads: bytes / read, copies: 2.0 * bytes / copy }
+    }
 }

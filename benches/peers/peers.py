@@ -5,7 +5,8 @@
 Each round runs every contender once per case, in turn, so that what else the machine does hits all of them alike; the
 table gives medians and the median of the per-round ratios. Ours is `cargo bench --bench mid -- --worker`.
 """
-import argparse, json, re, statistics, subprocess, sys
+import argparse, json, re, statistics, subprocess
+import protocol
 
 CASES = ["decode:1", "decode:8", "decode:32", "prompt:1", "prompt:8", "vision:8", "train:4", "grpo:8"]
 parser = argparse.ArgumentParser()
@@ -15,23 +16,6 @@ parser.add_argument("--gguf", help="the text model of preset mid in float32")
 parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--only", default=",".join(CASES))
 args = parser.parse_args()
-
-
-class Worker:
-    def __init__(self, command):
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.answer()
-
-    def answer(self):
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        sys.exit("a bench worker ended early: see its message above")
-
-    def run(self, case):
-        self.process.stdin.write(case.replace(":", " ") + "\n")
-        self.process.stdin.flush()
-        return self.answer()["seconds"]
 
 
 def llama(case):
@@ -45,8 +29,8 @@ def llama(case):
     return row["t_tg"] * 127 / 128 if name == "decode" else row["t_pp"]
 
 
-ours = Worker(["cargo", "bench", "--quiet", "--bench", "mid", "--", "--worker"])
-reference = Worker([args.python, __file__.replace("peers.py", "reference_worker.py")])
+ours = protocol.ours("mid")
+reference = protocol.Worker([args.python, __file__.replace("peers.py", "reference_worker.py")])
 rows = {}
 for case in args.only.split(","):
     for contender in (ours.run, reference.run):

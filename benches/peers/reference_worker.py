@@ -1,4 +1,4 @@
-"""The reference (transformers) as a bench worker: reads one case a line from stdin, answers one JSON line.
+"""The reference (transformers) as a bench worker (see `protocol.py`).
 
 Cases, all at the shape of preset `mid` in float32 on two threads; each is run once per request and timed here:
     decode B     B prompts of 300 tokens with one 280x280 image each, 128 new tokens: seconds of the 127 tokens after
@@ -9,11 +9,12 @@ Cases, all at the shape of preset `mid` in float32 on two threads; each is run o
     grpo         one whole update (forward, backward, clipping, AdamW): 8 completions of 128 tokens on one 300-token prompt with an image,
                  the prompt and its image repeated for each completion, as TRL and the published trainer do
 """
-import json, os, sys, time, warnings
+import os, warnings
 
 warnings.filterwarnings("ignore")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
+from protocol import serve, timed
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 torch.set_num_threads(int(os.environ.get("BENCH_THREADS", "2")))
@@ -43,12 +44,6 @@ def inputs(batch, tokens):
         input_ids=ids, attention_mask=torch.ones_like(ids),
         pixel_values=torch.randn(400 * batch, 1176, generator=generator),
         image_grid_thw=torch.tensor([[1, 20, 20]] * batch), mm_token_type_ids=(ids == IMAGE).int())
-
-
-def timed(f):
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
 
 
 def generate(i, new):
@@ -100,7 +95,4 @@ def run(case, batch):
     return s
 
 
-print(json.dumps(dict(ready=True, torch=torch.__version__)), flush=True)
-for line in sys.stdin:
-    case, batch = (line.split() + ["1"])[:2]
-    print(json.dumps(dict(case=case, batch=int(batch), seconds=run(case, int(batch)))), flush=True)
+serve(lambda case, size: run(case, int(size)), torch=torch.__version__)

@@ -27,7 +27,7 @@ pub use episode::EpisodeOptions;
 pub use policy::{Conversation, EnginePolicy, Policy, Said};
 pub use recorded::Conversations;
 pub use reward::{Accuracy, Reward, RewardRule};
-pub use rollouts::{Episodes, Job, Rollouts, See, Void};
+pub use rollouts::{Episodes, Job, Partial, Rollouts, See, Void};
 pub use script::{ScriptedPolicy, demonstration};
 pub use trajectory::{Author, Ending, Step, ToolUse, Trajectory};
 pub use turn::{Action, Turn, parse_turn};

@@ -69,8 +69,27 @@ impl Conversations {
         preprocessor: &Preprocessor,
         max_tokens: usize,
     ) -> Result<Trajectory> {
+        self.read(i, tokenizer, template, preprocessor, max_tokens).map_err(|e| {
+            let place = format!("{}, line {}", self.path.display(), self.items[i].line);
+            match e {
+                Error::Input { what, mend } => Error::input(format!("{place}: {what}"), mend),
+                Error::Limit { what, mend } => Error::limit(format!("{place}: {what}"), mend),
+                Error::Io { action, path, source } => Error::io(format!("{action} (for {place})"), path, source),
+                e => e,
+            }
+        })
+    }
+
+    /// [`trajectory`](Self::trajectory), with errors that do not name the line.
+    fn read(
+        &self,
+        i: usize,
+        tokenizer: &Tokenizer,
+        template: &ChatTemplate,
+        preprocessor: &Preprocessor,
+        max_tokens: usize,
+    ) -> Result<Trajectory> {
         let item = &self.items[i];
-        let place = format!("{}, line {}", self.path.display(), item.line);
         let all = preprocessor.load_all(item.images.iter().cloned().map(ImageSource::Path))?;
         let mut images = all.as_slice();
         let mut take = |messages: &[Message]| {
@@ -115,7 +134,7 @@ impl Conversations {
         }
         if t.sequence.len() > max_tokens {
             return Err(Error::limit(
-                format!("{place}: {} tokens, and the model's context is {max_tokens}", t.sequence.len()),
+                format!("{} tokens, and the model's context is {max_tokens}", t.sequence.len()),
                 "shorten or leave out this conversation, or lower model.max_pixels",
             ));
         }
@@ -180,6 +199,7 @@ fn plain_text(message: &Message) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::input::ImageProcessor;
 
     fn open(text: &str) -> Result<Conversations> {
         let dir = tempfile::tempdir().unwrap();
@@ -222,6 +242,32 @@ mod tests {
         ] {
             let e = open(text).err().unwrap().to_string();
             assert!(parts.iter().all(|p| e.contains(p)), "{e}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_learned_is_named_with_its_line() {
+        let talk = |question: &str, role: &str| {
+            format!(
+                r#"[{{"role":"user","content":{question}}},{{"role":"{role}","content":"b"}},{{"role":"assistant","content":"c"}}]"#
+            )
+        };
+        let lines = [
+            talk("\"a\"", "assistant"),
+            talk(r#"[{"type":"image","image":"/no/such.png"}]"#, "assistant"),
+            talk("\"a\"", "nobody"),
+        ];
+        let c = open(&format!("\n{}", lines.join("\n"))).unwrap();
+        let tokenizer = Tokenizer::from_bytes(include_bytes!("../cli/tiny/tokenizer.json"), "tiny").unwrap();
+        let preprocessor = Preprocessor::new(ImageProcessor::default(), 1, 0).unwrap();
+        let told = |i, most| {
+            let t = c.trajectory(i, &tokenizer, &ChatTemplate::builtin(), &preprocessor, most);
+            t.err().map(|e| e.to_string())
+        };
+        assert_eq!(told(0, 1000), None);
+        for (i, most, line, why) in [(0, 3, 2, "context is 3"), (1, 1000, 3, "/no/such.png"), (2, 1000, 4, "nobody")] {
+            let e = told(i, most).unwrap();
+            assert!(e.contains(&format!("talk.jsonl, line {line}")) && e.contains(why), "{e}");
         }
     }
 }

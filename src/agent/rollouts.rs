@@ -20,7 +20,7 @@ pub struct Job {
     pub example: Arc<Example>,
     /// Names the group; with the seed and the index of a sample it keys that sample's randomness.
     pub group: u64,
-    /// How many episodes.
+    /// How many episodes; at least one.
     pub samples: usize,
 }
 
@@ -59,6 +59,14 @@ pub type See = dyn Fn(&Arc<RgbImage>) -> Result<Arc<Image>> + Send + Sync;
 /// What came of each sample of each job.
 pub type Episodes = Vec<Vec<Result<Trajectory, Void>>>;
 
+/// Episodes that may have ended before all of them were complete.
+pub struct Partial {
+    /// What is complete, per job, in the order of the jobs and of the samples; samples that are not are missing.
+    pub episodes: Episodes,
+    /// Why some are missing: [`Error::Cancelled`] when `stop` was raised, or the failure that ended the work. `None`: none is.
+    pub ended_by: Option<Error>,
+}
+
 /// How often the flag that stops the work is looked at.
 const WATCH: Duration = Duration::from_millis(100);
 /// How often an episode that the machinery failed is tried again.
@@ -95,14 +103,26 @@ impl Rollouts {
     /// episodes whatever the concurrency.
     ///
     /// # Errors
-    /// [`Error::Cancelled`] when `stop` was raised, and failures of the engine. A failure of a tool's machinery is tried
-    /// again, then gives a [`Void`] in that episode's place.
-    pub fn run(
+    /// [`Error::Cancelled`] when `stop` was raised, failures of the engine, and [`Error::Internal`] for a panic of a policy or
+    /// a tool; [`Error::Input`] for a job without samples. A failure of a tool's machinery is tried again, then gives a
+    /// [`Void`] in that episode's place.
+    pub fn run(&self, jobs: &[Job], seed: u64, done: impl FnMut(usize, &Result<Trajectory, Void>)) -> Result<Episodes> {
+        let Partial { episodes, ended_by } = self.run_as_far_as_it_goes(jobs, seed, done);
+        ended_by.map_or(Ok(episodes), Err)
+    }
+
+    /// [`run`](Self::run) that keeps what is complete when the work ends early.
+    pub fn run_as_far_as_it_goes(
         &self,
         jobs: &[Job],
         seed: u64,
         mut done: impl FnMut(usize, &Result<Trajectory, Void>),
-    ) -> Result<Episodes> {
+    ) -> Partial {
+        if let Some(job) = jobs.iter().find(|j| j.samples == 0) {
+            let what = format!("the job of item {} (group {}) asks for no episode", job.example.id, job.group);
+            let e = Error::input(what, "ask for at least one, or leave the job out");
+            return Partial { episodes: jobs.iter().map(|_| Vec::new()).collect(), ended_by: Some(e) };
+        }
         let mut results: Vec<Vec<Option<Result<Trajectory, Void>>>> =
             jobs.iter().map(|j| (0..j.samples).map(|_| None).collect()).collect();
         let queue = Queue::default();
@@ -114,17 +134,22 @@ impl Rollouts {
             for _ in 0..self.concurrency.clamp(1, total.max(1)) {
                 let send = send.clone();
                 let (queue, failed) = (&queue, &failed);
-                scope.spawn(move || {
+                let work = move || {
                     while !failed.load(Ordering::Relaxed) && !self.stop.load(Ordering::Relaxed) {
-                        let Some((job, sample, conversation)) = self.take(jobs, queue) else { break };
-                        let result = conversation.and_then(|c| {
-                            self.episode(&jobs[job], c, Key { group: jobs[job].group, sample: sample as u64, seed })
-                        });
-                        if send.send((job, sample, result)).is_err() {
+                        let Some((index, sample, conversation)) = self.take(jobs, queue) else { break };
+                        let job = &jobs[index];
+                        let key = Key { group: job.group, sample: sample as u64, seed };
+                        let result = conversation.and_then(|c| caught("an episode", job, || self.episode(job, c, key)));
+                        if send.send((index, sample, result)).is_err() {
                             break;
                         }
                     }
-                });
+                };
+                if let Err(e) = std::thread::Builder::new().spawn_scoped(scope, work) {
+                    failed.store(true, Ordering::Relaxed);
+                    failure = Some(Error::no_thread("a thread for episodes (rollout.concurrency)", e));
+                    break;
+                }
             }
             drop(send);
             let mut finished = 0;
@@ -150,14 +175,12 @@ impl Rollouts {
                 }
             }
         });
-        if let Some(e) = failure {
-            return Err(e);
+        let whole = results.iter().flatten().all(Option::is_some);
+        let stopped = || Error::Cancelled("the rollouts were asked to stop".into());
+        Partial {
+            episodes: results.into_iter().map(|g| g.into_iter().flatten().collect()).collect(),
+            ended_by: failure.or_else(|| (!whole).then(stopped)),
         }
-        results
-            .into_iter()
-            .map(|g| g.into_iter().collect::<Option<Vec<_>>>())
-            .collect::<Option<Vec<_>>>()
-            .ok_or_else(|| Error::Cancelled("the rollouts were asked to stop".into()))
     }
 
     /// The next conversation to run: one that a group's opening left waiting, else the first of the next group.
@@ -174,8 +197,7 @@ impl Rollouts {
                 drop(q);
                 // The first conversation of a group computes the prompt; meanwhile other threads open theirs.
                 // A panic here would leave the others waiting for ever.
-                let opened = catch_unwind(AssertUnwindSafe(|| self.open(job, job.samples)))
-                    .unwrap_or_else(|_| Err(Error::internal("opening a conversation panicked")));
+                let opened = caught("opening the conversations", job, || self.open(job, job.samples));
                 q = queue.lock();
                 q.opening -= 1;
                 match opened {
@@ -198,7 +220,11 @@ impl Rollouts {
             e => e,
         };
         let image = (self.see)(job.example.input()).map_err(about)?;
-        self.policy.open(&self.protocol.opening(&job.example.question), &[image], n).map_err(about)
+        let all = self.policy.open(&self.protocol.opening(&job.example.question), &[image], n).map_err(about)?;
+        match all.len() {
+            got if got == n => Ok(all),
+            got => Err(Error::internal(format!("a policy opened {got} conversations where {n} were asked for"))),
+        }
     }
 
     /// One episode, tried again where the tool's machinery failed it.
@@ -230,6 +256,99 @@ impl Rollouts {
                 }
                 Err(e) => return Err(e),
             }
+        }
+    }
+}
+
+/// What `f` does about `job`; a panic is an error like others, so that whoever called can save what it has.
+fn caught<T>(what: &str, job: &Job, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        Err(Error::panicked(&format!("{what} of item {} (group {})", job.example.id, job.group), &*panic))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::{PromptStyle, ScriptedPolicy, demonstration};
+    use crate::input::{ChatTemplate, ImageProcessor, Message, Picture, Tokenizer};
+    use crate::tasks::Degradation;
+    use crate::tasks::synthetic::{Config, Subset, Synthetic};
+    use crate::tools::{ToolCall, ToolResult};
+
+    /// A tool that fails as no tool may.
+    struct Panics;
+
+    impl Tool for Panics {
+        fn name(&self) -> &str {
+            "panics"
+        }
+        fn run(&self, _: ToolCall) -> Result<ToolResult> {
+            panic!("boom")
+        }
+    }
+
+    /// Opens so many conversations, whatever was asked; panics for none.
+    struct Opens(usize, ScriptedPolicy);
+
+    impl Policy for Opens {
+        fn open(&self, messages: &[Message], images: &[Arc<Image>], _: usize) -> Result<Vec<Box<dyn Conversation>>> {
+            assert!(self.0 > 0, "nothing to open");
+            self.1.open(messages, images, self.0)
+        }
+    }
+
+    fn example() -> Arc<Example> {
+        let config = Config { degradations: vec![Degradation::Rotation180], pairs: 0.0, ..Config::default() };
+        Arc::new(Synthetic::new(config, 1).unwrap().example(Subset::Train, 3))
+    }
+
+    fn script() -> ScriptedPolicy {
+        let tokenizer = Tokenizer::from_bytes(include_bytes!("../cli/tiny/tokenizer.json"), "tiny").unwrap();
+        let template = Arc::new(ChatTemplate::builtin());
+        ScriptedPolicy { tokenizer: Arc::new(tokenizer), template, lines: demonstration(&example()) }
+    }
+
+    fn rollouts(policy: impl Policy + 'static) -> Rollouts {
+        let processor = ImageProcessor::default();
+        let see = move |i: &Arc<RgbImage>| {
+            let (height, width) = (i.height() as usize, i.width() as usize);
+            processor.process_picture(Picture { pixels: i.as_raw().clone(), height, width }, "image").map(Arc::new)
+        };
+        Rollouts {
+            policy: Arc::new(policy),
+            protocol: CodingProtocol { style: PromptStyle::Brief },
+            tool: Arc::new(Panics),
+            see: Arc::new(see),
+            options: EpisodeOptions::default(),
+            concurrency: 3,
+            stop: Arc::default(),
+        }
+    }
+
+    fn told(rollouts: &Rollouts, samples: &[usize]) -> String {
+        let job = |(i, &samples): (usize, &usize)| Job { example: example(), group: i as u64, samples };
+        let jobs: Vec<Job> = samples.iter().enumerate().map(job).collect();
+        let ended = rollouts.run_as_far_as_it_goes(&jobs, 0, |_, _| ());
+        assert_eq!(ended.episodes.len(), jobs.len());
+        ended.ended_by.unwrap().to_string()
+    }
+
+    #[test]
+    fn a_panic_is_an_error_that_names_the_job() {
+        let e = told(&rollouts(script()), &[2, 2, 2]);
+        let item = example().id.to_string();
+        assert!(e.contains(&format!("an episode of item {item} (group ")) && e.contains("panicked: boom"), "{e}");
+        let e = told(&rollouts(Opens(0, script())), &[1]);
+        assert!(e.contains("opening the conversations of item") && e.contains("nothing to open"), "{e}");
+    }
+
+    #[test]
+    fn other_numbers_of_episodes_than_asked_for_are_errors() {
+        assert!(told(&rollouts(script()), &[2, 0]).contains("(group 1) asks for no episode"));
+        for opened in [1, 3] {
+            let e = told(&rollouts(Opens(opened, script())), &[2]);
+            assert!(e.contains(&format!("opened {opened} conversations where 2 were asked for")), "{e}");
         }
     }
 }

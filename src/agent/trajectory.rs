@@ -29,6 +29,17 @@ pub enum Ending {
     Truncated,
 }
 
+impl Ending {
+    /// The name under which records and reports know it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Ending::Answered(_) => "answered",
+            Ending::OutOfTurns => "turn limit",
+            Ending::Truncated => "length limit",
+        }
+    }
+}
+
 /// What a tool call did.
 #[derive(Clone, Debug)]
 pub struct ToolUse {
@@ -36,7 +47,7 @@ pub struct ToolUse {
     pub code: String,
     /// [`Outcome::kind`](crate::tools::Outcome::kind).
     pub status: &'static str,
-    /// What the model was shown as text.
+    /// What it printed and, where it failed, why: all of it. The model is shown the end of either.
     pub output: String,
     /// Wall-clock milliseconds.
     pub ms: f64,

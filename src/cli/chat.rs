@@ -38,7 +38,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 8192)]
     context: usize,
     /// Threads; 0 for all cores
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = super::threads)]
     threads: usize,
 }
 

@@ -1,4 +1,4 @@
-use super::records::{ModelArgs, Records};
+use super::records::{ModelArgs, Records, ended_early};
 use super::session::stop_on_signal;
 use super::setup::{Loaded, held_out_examples, python};
 use crate::agent::{Rollouts, Trajectory};
@@ -8,7 +8,7 @@ use crate::report::view::Phase;
 use crate::tasks::Split;
 use crate::tasks::scorer::{Score, Scorer};
 use crate::train::config::TaskKind;
-use crate::train::run::{episode_metrics, eval_options, evaluate, views};
+use crate::train::run::{Evaluation, episode_metrics, eval_options, evaluate, views};
 use crate::{Error, Result};
 use serde_json::json;
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ use std::path::PathBuf;
                         varft eval runs/mine --mat MAT-Coding.json --images MAT-Coding-images --out runs/mine-mat\n\n\
                         Prints F1 and exact match by half and by kind of damage, with the usual scorer (SQuAD's) and with the published one \
                         of Visual-ARFT. The folder gets results.json (rows as the published evaluation writes them: id, pred_answer, gt, query), \
-                        the episodes, and report.html. To see what its tool's images are worth to a model, withhold them: \
+                        the episodes, and report.html; Ctrl-C ends it early and scores what is answered by then. To see what its tool's images are worth to a model, withhold them: \
                         --set tools.python.show_image=false")]
 pub(super) struct Args {
     #[command(flatten)]
@@ -50,7 +50,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
     let mut progress = Progress::new("eval", 0, examples.len() as u64);
     let (mut f1, mut scored) = (0.0, 0);
-    let (scores, jobs, episodes) = evaluate(&rollouts, &examples, config.run.seed, |done, episode| {
+    let evaluation = evaluate(&rollouts, &examples, config.run.seed, |done, episode| {
         if let Ok(t) = episode {
             (f1, scored) = (f1 + t.reward.f1, scored + 1);
         }
@@ -58,6 +58,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     })?;
     progress.finish();
 
+    // Also when it ended early: what is complete has cost its time, and says something.
+    let Evaluation { scores, jobs, episodes, ended_by } = evaluation;
     let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
     let rows: Vec<_> = jobs
         .iter()
@@ -93,7 +95,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         say!("{} episodes failed for reasons that are not the model's, and are not counted", scores.void);
     }
     say!("results {}\nreport  {}", path.display(), report.display());
-    Ok(())
+    let counts = [scores.episodes, jobs.len()];
+    ended_by.map_or(Ok(()), |e| Err(ended_early(e, counts, "questions are answered, scored and written")))
 }
 
 /// One scored episode.

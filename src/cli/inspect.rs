@@ -41,7 +41,7 @@ pub(super) struct Args {
     #[arg(long)]
     pillow13: bool,
     /// Threads; 0 for all cores
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = super::threads)]
     threads: usize,
 }
 

@@ -56,6 +56,12 @@ enum Command {
     Doctor(doctor::Args),
 }
 
+/// Reads `--threads`, within the bounds of `run.threads`: each costs memory, and the system has only so many.
+fn threads(text: &str) -> std::result::Result<usize, String> {
+    let within = text.parse().ok().filter(|n| *n <= 1024);
+    within.ok_or_else(|| "a whole number up to 1024 is needed (0 for all cores)".into())
+}
+
 /// Reads the command line, runs the command, prints its error if it has one.
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {

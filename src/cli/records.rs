@@ -50,6 +50,18 @@ impl ModelArgs {
     }
 }
 
+/// The error of a command whose episodes ended early with `e`: `done` of `all` are complete, which are the ones that
+/// `what` says were saved.
+pub(super) fn ended_early(e: Error, [done, all]: [usize; 2], what: &str) -> Error {
+    match e {
+        Error::Cancelled(_) => Error::Cancelled(format!("stopped: {done} of {all} {what}")),
+        failure => {
+            note!("ended early by a failure: {done} of {all} {what}");
+            failure
+        }
+    }
+}
+
 /// The folder, and what writes into it.
 pub(super) struct Records {
     pub dir: PathBuf,

@@ -1,7 +1,7 @@
-use super::records::{ModelArgs, Records};
+use super::records::{ModelArgs, Records, ended_early};
 use super::session::stop_on_signal;
 use super::setup::{Loaded, held_out_examples, python, training_examples};
-use crate::agent::{Author, Ending, Job, Trajectory};
+use crate::agent::{Author, Job, Partial, Trajectory};
 use crate::report::view::Phase;
 use crate::report::{Progress, TrajectoryStore};
 use crate::train::run::{episode_metrics, views};
@@ -17,7 +17,7 @@ use std::sync::Arc;
                         The folder gets episodes.jsonl, one episode per line: item, question, answers, tokens, logprobs (of the tokens that the \
                         model wrote, at `temperature`; 0 elsewhere), spans (who wrote which tokens: prompt, policy, tool), images (their place among the tokens, and \
                         a PNG of what the model saw in trajectories/images), steps (text, code, what the tool said), ending, reward. \
-                        And report.html, to look at them. They are sampled as in training: see [rollout] in a run's config.toml.")]
+                        And report.html, to look at them. They are sampled as in training: see [rollout] in a run's config.toml. Ctrl-C ends it early and keeps what is complete.")]
 pub(super) struct Args {
     #[command(flatten)]
     from: ModelArgs,
@@ -63,16 +63,20 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let total = args.items * args.samples as u64;
     let mut progress = Progress::new("rollout", 0, total);
     let (mut finished, mut shown, mut sums) = (0, Vec::new(), Vec::<(&str, f64)>::new());
+    let mut ended_by = None;
     for part in jobs.chunks((BATCH / args.samples).max(1)) {
-        let jobs = part
-            .iter()
-            .map(|&i| Ok(Job { example: example(i)?, group: i, samples: args.samples }))
-            .collect::<Result<Vec<_>>>()?;
+        let job = |&i: &u64| Ok(Job { example: example(i)?, group: i, samples: args.samples });
+        let jobs = match part.iter().map(job).collect::<Result<Vec<_>>>() {
+            Ok(jobs) => jobs,
+            Err(e) => {
+                ended_by = Some(e);
+                break;
+            }
+        };
         let before = finished;
-        let episodes = rollouts.run(&jobs, config.run.seed, |done, _| {
-            progress.set(before + done as u64, &[]);
-        })?;
-        finished += part.len() as u64 * args.samples as u64;
+        let Partial { episodes, ended_by: ended } =
+            rollouts.run_as_far_as_it_goes(&jobs, config.run.seed, |done, _| progress.set(before + done as u64, &[]));
+        finished += episodes.iter().flatten().count() as u64;
         let most = SHOWN - shown.len();
         shown.extend(views(&episodes, &jobs, 0, Phase::Train, most, &records.store, &loaded.tokenizer, |_| None)?);
         let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
@@ -90,15 +94,28 @@ pub(super) fn run(args: &Args) -> Result<()> {
                 None => sums.push((name, mean * n)),
             }
         }
+        ended_by = ended;
+        if ended_by.is_some() {
+            break;
+        }
     }
     out.into_inner().map_err(|e| failed(e.into_error()))?;
     progress.finish();
     let written = sums.iter().find(|(k, _)| *k == "episodes/written").map_or(0.0, |(_, n)| *n);
+    let ended_by = match ended_by {
+        Some(e) if written == 0.0 => {
+            // An empty file would keep the same command from being run again.
+            std::fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
+            return Err(e);
+        }
+        ended_by => ended_by,
+    };
     sums.iter_mut().filter(|(k, _)| *k != "episodes/written").for_each(|(_, v)| *v /= written.max(1.0));
     records.store.write(Phase::Train, 0, &shown)?;
     let report = records.finish(&config, &sums)?;
     say!("{written} episodes  {}\nreport  {}", path.display(), report.display());
-    Ok(())
+    let counts = [written as usize, total as usize];
+    ended_by.map_or(Ok(()), |e| Err(ended_early(e, counts, "episodes are complete and written")))
 }
 
 /// The episodes' file.
@@ -137,15 +154,10 @@ fn row(t: &Trajectory, store: &TrajectoryStore) -> Result<Value> {
             })
         })
         .collect();
-    let ending = match &t.ending {
-        Ending::Answered(_) => "answered",
-        Ending::OutOfTurns => "turn limit",
-        Ending::Truncated => "length limit",
-    };
     Ok(json!({
         "item": t.item, "kind": t.kind, "question": t.question, "answers": t.answers, "group": t.group, "sample": t.sample,
         "tokens": t.sequence.tokens, "logprobs": t.logprobs, "temperature": t.temperature,
         "spans": spans.iter().map(|(a, from, to)| json!([a, from, to])).collect::<Vec<_>>(),
-        "images": images, "steps": steps, "ending": ending, "answer": t.answer(), "reward": t.reward,
+        "images": images, "steps": steps, "ending": t.ending.name(), "answer": t.answer(), "reward": t.reward,
     }))
 }

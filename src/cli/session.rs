@@ -127,7 +127,7 @@ impl Session {
         }
         let state = match &checkpoint {
             Some(c) => c.state.clone(),
-            None => TrainState { kind: kind.to_owned(), step: 0, updates: 0, seed: config.run.seed },
+            None => TrainState { kind: kind.to_owned(), step: 0, updates: 0 },
         };
         if resume {
             note!("{}: going on after step {} of {}", dir.display(), state.step, config.optim.steps);
@@ -177,12 +177,21 @@ impl Session {
                 say!("report  {}", report?.display());
                 Ok(())
             }
+            Ok(Finished::Stopped { at: 0 }) => Err(Error::Cancelled(format!(
+                "stopped before the first step was complete: nothing is saved\n  to begin again: {}",
+                self.resume_command
+            ))),
             Ok(Finished::Stopped { at }) => Err(Error::Cancelled(format!(
                 "stopped after step {at}, which is saved\n  to go on: {}",
                 self.resume_command
             ))),
             Err(e) => {
-                note!("the run is as its last checkpoint has it; to go on: {}", self.resume_command);
+                // A folder that cannot be listed must not hide the error that ended the run.
+                let saved = match Checkpoints::new(&self.dir, 0).latest().ok().and_then(|(newest, _)| newest) {
+                    Some(c) => format!("the run is saved as it was after step {}; to go on", c.state.step),
+                    None => "no step of the run is saved; to begin again".to_owned(),
+                };
+                note!("{saved}: {}", self.resume_command);
                 Err(e)
             }
         }

@@ -137,7 +137,6 @@ impl Loaded {
             train,
             eval,
             stop: stop.clone(),
-            companions: self.companions.clone(),
         })
     }
 }

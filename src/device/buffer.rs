@@ -105,7 +105,7 @@ impl Buffer {
     }
 
     /// Number of elements.
-    #[allow(clippy::len_without_is_empty)]
+    #[allow(clippy::len_without_is_empty)] // nobody asks whether a buffer is empty
     pub fn len(&self) -> usize {
         self.len
     }
@@ -125,9 +125,11 @@ impl Buffer {
         Buffer { storage: self.storage.clone(), offset: self.offset + start, len, dtype: self.dtype }
     }
 
-    /// Whether both handles share an allocation.
-    pub fn same_storage(&self, other: &Buffer) -> bool {
-        Arc::ptr_eq(&self.storage, &other.storage)
+    /// Whether both handles share an element; ranges of one allocation that lie beside each other do not.
+    pub fn overlaps(&self, other: &Buffer) -> bool {
+        // Views keep the type, so both count in the same elements.
+        let (start, end) = (self.offset.max(other.offset), (self.offset + self.len).min(other.offset + other.len));
+        Arc::ptr_eq(&self.storage, &other.storage) && start < end
     }
 
     /// The elements, for use inside a launch.
@@ -147,7 +149,7 @@ impl Buffer {
     ///
     /// # Safety
     /// As [`Buffer::get`], and nothing else may read this range during the borrow.
-    #[allow(clippy::mut_from_ref)]
+    #[allow(clippy::mut_from_ref)] // clones share the memory, so what is exclusive is the launch, not the handle
     pub unsafe fn get_mut<T: Element>(&self) -> &mut [T] {
         assert_eq!(T::DTYPE, self.dtype, "a buffer written as another type");
         // SAFETY: as in `get`, exclusive by contract.
@@ -161,7 +163,7 @@ impl Buffer {
 
     /// # Safety
     /// As [`Buffer::get_mut`].
-    #[allow(clippy::mut_from_ref)]
+    #[allow(clippy::mut_from_ref)] // as `get_mut`
     pub(super) unsafe fn bytes_mut(&self) -> &mut [u8] {
         // SAFETY: as in `get_mut`.
         unsafe {

@@ -5,8 +5,16 @@ use std::sync::{Arc, Mutex};
 
 type Work = Box<dyn FnOnce(&Pool) + Send>;
 
+/// When work runs. Either way the lock is held while it does: threads may share a stream, and its launches run one at a time.
+enum Queue {
+    /// At submission.
+    Immediate(Mutex<()>),
+    /// When somebody waits.
+    Deferred(Mutex<Held>),
+}
+
 #[derive(Default)]
-struct Queue {
+struct Held {
     waiting: VecDeque<Work>,
     submitted: u64,
     done: u64,
@@ -17,13 +25,13 @@ struct Queue {
 pub struct Stream {
     device: Device,
     pool: Arc<Pool>,
-    /// `None`: work runs at submission. `Some`: it is held until somebody waits.
-    queue: Option<Arc<Mutex<Queue>>>,
+    queue: Arc<Queue>,
 }
 
 impl Stream {
     pub(super) fn new(device: Device, pool: Arc<Pool>, deferred: bool) -> Stream {
-        Stream { device, pool, queue: deferred.then(Arc::default) }
+        let queue = if deferred { Queue::Deferred(Mutex::default()) } else { Queue::Immediate(Mutex::default()) };
+        Stream { device, pool, queue: queue.into() }
     }
 
     /// The device this stream runs on.
@@ -36,11 +44,15 @@ impl Stream {
         Backend::Cpu(self)
     }
 
-    /// Submits host work: `f` gets the pool to spread over the cores. It captures clones of the buffers it touches.
+    /// Submits host work: `f` gets the pool to spread over the cores. It captures clones of the buffers it touches, and submits
+    /// nothing to this stream itself: that would wait for ever.
     pub fn launch<F: FnOnce(&Pool) + Send + 'static>(&self, f: F) {
-        match &self.queue {
-            None => f(&self.pool),
-            Some(q) => {
+        match &*self.queue {
+            Queue::Immediate(running) => {
+                let _one = running.lock().unwrap_or_else(|e| e.into_inner());
+                f(&self.pool);
+            }
+            Queue::Deferred(q) => {
                 let mut q = q.lock().unwrap_or_else(|e| e.into_inner());
                 q.waiting.push_back(Box::new(f));
                 q.submitted += 1;
@@ -51,10 +63,13 @@ impl Stream {
     /// Submits a copy of `data` into the front of `to`. The data is taken at the call.
     pub fn write<T: Element>(&self, to: &Buffer, data: &[T]) {
         assert!(data.len() <= to.len(), "{} elements written into a buffer of {}", data.len(), to.len());
-        match &self.queue {
-            // SAFETY: work on this stream has run already, so no launch is using `to`.
-            None => unsafe { to.get_mut::<T>()[..data.len()].copy_from_slice(data) },
-            Some(_) => {
+        match &*self.queue {
+            Queue::Immediate(running) => {
+                let _one = running.lock().unwrap_or_else(|e| e.into_inner());
+                // SAFETY: work on this stream has run already and none begins, so no launch is using `to`.
+                unsafe { to.get_mut::<T>()[..data.len()].copy_from_slice(data) }
+            }
+            Queue::Deferred(_) => {
                 let (to, data) = (to.clone(), data.to_vec());
                 // SAFETY: the queue runs launches one after the other.
                 self.launch(move |_| unsafe { to.get_mut::<T>()[..data.len()].copy_from_slice(&data) });
@@ -62,11 +77,12 @@ impl Stream {
         }
     }
 
-    /// Submits a copy of `len` elements within device memory; the ranges must not overlap.
+    /// Submits a copy of all of `from` into `to`. Panics if they overlap.
     pub fn copy(&self, from: &Buffer, to: &Buffer) {
+        assert!(!from.overlaps(to), "a copy between buffers that overlap");
         assert_eq!((from.len(), from.dtype()), (to.len(), to.dtype()), "a copy between buffers of one shape");
         let (from, to) = (from.clone(), to.clone());
-        // SAFETY: launches of one stream run one after the other; the ranges do not overlap by contract.
+        // SAFETY: launches of one stream run one after the other; the ranges do not overlap.
         self.launch(move |_| unsafe { to.bytes_mut().copy_from_slice(from.bytes_mut()) });
     }
 
@@ -91,7 +107,10 @@ impl Stream {
 
     /// Marks this point of the queue.
     pub fn record(&self) -> Event {
-        let at = self.queue.as_ref().map_or(0, |q| q.lock().unwrap_or_else(|e| e.into_inner()).submitted);
+        let at = match &*self.queue {
+            Queue::Immediate(_) => 0,
+            Queue::Deferred(q) => q.lock().unwrap_or_else(|e| e.into_inner()).submitted,
+        };
         Event { stream: self.clone(), at }
     }
 
@@ -111,8 +130,7 @@ pub struct Event {
 impl Event {
     /// Waits until everything submitted before this point has run. Errors of the device surface here.
     pub fn wait(&self) -> Result<()> {
-        let Some(q) = &self.stream.queue else { return Ok(()) };
-        // The lock is held while work runs: two waiters must not run it out of order.
+        let Queue::Deferred(q) = &*self.stream.queue else { return Ok(()) };
         let mut q = q.lock().map_err(|_| Error::internal("a launch panicked on this stream"))?;
         while q.done < self.at {
             let Some(work) = q.waiting.pop_front() else { break };
@@ -159,6 +177,34 @@ mod tests {
         s.write(&b, &[9.0f32]);
         assert_eq!(first.wait().unwrap(), [2.0, 4.0, 6.0, 8.0]);
         assert_eq!(s.read::<f32>(&b).wait().unwrap(), [9.0, 4.0, 6.0, 8.0]);
+    }
+
+    #[test]
+    fn threads_that_share_a_stream_take_turns() {
+        for d in [Device::cpu(2), Device::cpu_deferred(2)] {
+            let (s, b) = (d.stream(), d.zeros(DType::U32, 1));
+            std::thread::scope(|scope| {
+                for _ in 0..4 {
+                    let (s, b) = (s.clone(), b.clone());
+                    scope.spawn(move || {
+                        for _ in 0..2000 {
+                            let b = b.clone();
+                            // SAFETY: one launch at a time.
+                            s.launch(move |_| unsafe { b.get_mut::<u32>() }[0] += 1);
+                        }
+                    });
+                }
+            });
+            assert_eq!(s.read::<u32>(&b).wait().unwrap(), [8000]);
+        }
+    }
+
+    #[test]
+    fn ranges_overlap_where_they_share_an_element() {
+        let d = Device::cpu(1);
+        let (a, b) = (d.zeros(DType::F32, 10), d.zeros(DType::F32, 10));
+        assert!(a.overlaps(&a) && a.overlaps(&a.view(9, 1)) && a.view(2, 4).overlaps(&a.view(5, 2)));
+        assert!(!a.overlaps(&b) && !a.view(2, 3).overlaps(&a.view(5, 2)) && !a.overlaps(&a.view(3, 0)));
     }
 
     #[test]

@@ -33,6 +33,7 @@ pub use sampling::{Completion, Finish, Sampling};
 pub use session::{Request, Session};
 pub use stats::Stats;
 
+use crate::error::panic_message;
 use crate::input::{Prompt, Tokenizer};
 use crate::model::{Config, Model};
 use crate::ops::kv_cache::{BLOCK, KvCache};
@@ -159,6 +160,7 @@ impl Client {
 
 /// A model at work. Dropping it stops its thread; what is then still being sampled ends with an error.
 pub struct Engine {
+    model: Arc<Model>,
     client: Arc<Client>,
     stats: Arc<Mutex<Stats>>,
     forbidden: Vec<u32>,
@@ -249,11 +251,14 @@ impl Engine {
         let scheduler = Scheduler::new(limits, blocks, vision_rows, options.tokenizer);
         let stats = Arc::new(Mutex::new(Stats::default()));
         let worker = Worker::new(inbox, scheduler, runner, stats.clone(), link.clone());
-        let thread =
-            std::thread::Builder::new().name("varft-engine".into()).spawn(move || run(worker, &link)).map_err(|e| {
-                Error::limit(format!("cannot start the engine's thread: {e}"), "free some memory or threads")
-            })?;
-        Ok(Engine { client, stats, forbidden, thread: Some(thread) })
+        model.begin_reading();
+        match std::thread::Builder::new().name("varft-engine".into()).spawn(move || run(worker, &link)) {
+            Ok(thread) => Ok(Engine { model, client, stats, forbidden, thread: Some(thread) }),
+            Err(e) => {
+                model.end_reading();
+                Err(Error::no_thread("the engine's thread", e))
+            }
+        }
     }
 
     /// Submits a request; one handle for each of its samples.
@@ -291,13 +296,19 @@ impl Engine {
     }
 
     /// Waits until the device is idle and holds the engine still until the guard is dropped. Sessions and turns keep
-    /// their tokens and go on afterwards. Requests made meanwhile wait.
+    /// their tokens and go on afterwards. Requests made meanwhile wait. Only now may the model's weights move:
+    /// [`Learner::update`](crate::train::learner::Learner::update) is refused beside an engine that is not paused. If they did
+    /// ([`Model::take_weights`]), everything cached is forgotten when the pause ends, and the weight epoch rises; sessions
+    /// and turns under way are computed again from their tokens when they next run.
+    ///
+    /// # Errors
+    /// If the engine has ended.
     pub fn pause(&self) -> Result<Paused<'_>> {
         let (idle, acknowledged) = channel();
         let (hold, release): (Sender<()>, Receiver<()>) = channel();
         self.client.send(Command::Pause { idle, release })?;
         acknowledged.recv().map_err(|_| self.client.link.stopped())?;
-        Ok(Paused { engine: self, hold })
+        Ok(Paused { engine: self, hold, version: self.model.end_reading() })
     }
 
     /// The engine's figures after its last step.
@@ -323,6 +334,7 @@ impl Drop for Engine {
         if let Some(t) = self.thread.take() {
             let _ = t.join();
         }
+        self.model.end_reading();
     }
 }
 
@@ -331,13 +343,7 @@ fn run(mut worker: Worker, link: &Link) {
     let failure = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.serve())) {
         Ok(Ok(())) => None,
         Ok(Err(e)) => Some(e.to_string()),
-        Err(panic) => Some(
-            panic
-                .downcast_ref::<String>()
-                .cloned()
-                .or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()))
-                .unwrap_or_else(|| "its thread panicked".into()),
-        ),
+        Err(panic) => Some(panic_message(&*panic).to_owned()),
     };
     if let Some(why) = failure {
         let _ = link.failure.set(why);
@@ -348,16 +354,17 @@ fn run(mut worker: Worker, link: &Link) {
 pub struct Paused<'a> {
     engine: &'a Engine,
     hold: Sender<()>,
+    /// Of the weights that the engine's caches belong to.
+    version: u64,
 }
 
-impl Paused<'_> {
-    /// Says that the model's weights are others now. Everything cached is forgotten, and the weight epoch rises; sessions
-    /// and turns under way are computed again from their tokens when they next run.
-    ///
-    /// # Errors
-    /// If the engine has ended.
-    pub fn weights_changed(&self) -> Result<()> {
-        self.hold.send(()).map_err(|_| self.engine.client.link.stopped())
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        // Before the engine is let go, so that nobody takes the weights in between.
+        if self.engine.model.begin_reading() != self.version {
+            // A thread that has failed has no caches.
+            let _ = self.hold.send(());
+        }
     }
 }
 

@@ -79,10 +79,6 @@ impl Runner {
             blocks_per_segment: limits.max_len.div_ceil(limits.block),
             logits: most,
         };
-        let mut words = vec![0u32; softmax::forbidden_words(c.vocab_size)];
-        for &id in forbidden {
-            words[id as usize / 32] |= 1 << (id % 32);
-        }
         Runner {
             stream: d.stream(),
             cache: model.kv_cache(blocks),
@@ -93,7 +89,7 @@ impl Runner {
             arena: d.alloc(DType::F32, vision_rows * c.hidden_size),
             encode_rows: d.zeros(DType::U32, limits.step_patches / 4),
             logits: d.alloc(DType::F32, most * c.vocab_size),
-            forbidden: d.upload(&words),
+            forbidden: d.upload(&softmax::forbidden_set(c.vocab_size, forbidden)),
             rows: PerDraw::new(&d, most),
             temperature: PerDraw::new(&d, most),
             top_k: PerDraw::new(&d, most),

@@ -323,9 +323,12 @@ pub fn continue_prompt(
 /// The `n`-th private-use character that occurs in no message.
 fn unused_char(messages: &[Message], n: usize) -> char {
     let occurs = |c: char| {
-        messages.iter().any(|m| match &m.content {
-            Content::Text(text) => text.contains(c),
-            Content::Parts(parts) => parts.iter().any(|p| matches!(p, Part::Text { text } if text.contains(c))),
+        messages.iter().any(|m| {
+            m.role.contains(c)
+                || match &m.content {
+                    Content::Text(text) => text.contains(c),
+                    Content::Parts(parts) => parts.iter().any(|p| matches!(p, Part::Text { text } if text.contains(c))),
+                }
         })
     };
     // Plane 16 is private use in whole: no text holds all of it.

@@ -152,13 +152,14 @@ impl ImageHandle {
 
     /// Waits for at most `timeout`; gives the handle back where the image is not ready by then.
     pub fn wait_timeout(self, timeout: Duration) -> std::result::Result<Result<Arc<Image>>, ImageHandle> {
-        let until = Instant::now() + timeout;
+        // `None`: later than a clock can say.
+        let until = Instant::now().checked_add(timeout);
         let mut result = lock(&self.slot.result);
         loop {
             if let Some(result) = result.take() {
                 return Ok(result);
             }
-            let left = until.saturating_duration_since(Instant::now());
+            let left = until.map_or(timeout, |until| until.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 drop(result);
                 return Err(self);

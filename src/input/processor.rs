@@ -118,6 +118,9 @@ impl ImageProcessor {
             std: triple("image_std", d.std)?,
             ..d
         };
+        if processor.mean.iter().any(|m| !m.is_finite()) {
+            return Err(bad("image_mean", "a mean must be a number that fits 32 bits"));
+        }
         if processor.std.iter().any(|&s| s <= 0.0 || !s.is_finite()) {
             return Err(bad("image_std", "a deviation must be above zero"));
         }

@@ -20,9 +20,9 @@ pub struct Grid {
 }
 
 impl Grid {
-    /// Vision patches in all: t * h * w.
+    /// Vision patches in all: t * h * w, or the largest number there is.
     pub fn patches(&self) -> usize {
-        self.t * self.h * self.w
+        self.t.saturating_mul(self.h).saturating_mul(self.w)
     }
 
     /// Tokens that the decoder sees: one for each [`MERGE`] x [`MERGE`] square of patches.
@@ -85,7 +85,7 @@ impl Image {
                 "resize it with ImageProcessor, which picks a size that does",
             ));
         }
-        if pixels.len() != height * width * 3 {
+        if Some(pixels.len()) != height.checked_mul(width).and_then(|n| n.checked_mul(3)) {
             return Err(Error::input(
                 format!("{} bytes of pixels for an RGB image of {width}x{height}", pixels.len()),
                 "give height * width * 3 bytes: rows from the top, RGB",
@@ -207,7 +207,7 @@ impl Prompt {
                     mend,
                 ));
             }
-            let seen = grid.patches() * PATCH * PATCH * 3;
+            let seen = grid.patches().saturating_mul(PATCH * PATCH * 3);
             if grid.t != 1 || span.image.pixels.len() != seen {
                 return Err(Error::input(
                     format!(
@@ -273,6 +273,7 @@ mod tests {
         assert!(Image::from_resized(vec![0; 30], 1, 10, 14, (1, 1)).is_err());
         assert!(Image::from_resized(vec![0; 5], 28, 28, 14, (1, 1)).is_err());
         assert!(Image::from_resized(vec![], 0, 28, 14, (1, 1)).is_err());
+        assert!(Image::from_resized(vec![], 28 << 32, 28 << 32, 14, (1, 1)).is_err(), "a product that wraps to zero");
     }
 
     #[test]
@@ -305,6 +306,8 @@ mod tests {
         assert!(said(&|p| p.tokens[3] = PAD).contains("token 3"));
         assert!(said(&|p| p.tokens[2] = 4).contains("token 2"));
         assert!(said(&|p| p.images[0].len = 1).contains("grid"));
+        let huge = |p: &mut Prompt| Arc::make_mut(&mut p.images[0].image).grid = Grid { t: 1 << 62, h: 2, w: 8 };
+        assert!(said(&huge).contains("grid"));
         assert!(said(&|p| p.images[0].offset = 3).contains("behind"));
         assert!(said(&|p| p.images[0].offset = usize::MAX).contains("behind"));
         assert!(said(&|p| p.images.push(p.images[0].clone())).contains("overlaps"));

@@ -1,3 +1,4 @@
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -73,12 +74,16 @@ impl Tokenizer {
 
     /// Reads the contents of a `tokenizer.json`; `name` stands for it in errors.
     pub fn from_bytes(json: &[u8], name: &str) -> Result<Self> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| {
+        let broken = |why: &dyn std::fmt::Display| {
             Error::input(
-                format!("{name}: not a tokenizer.json: {e}"),
+                format!("{name}: not a tokenizer.json: {why}"),
                 "copy the file again from the model's repository; it may be cut short or of another kind",
             )
-        })?;
+        };
+        // The reader panics on some files (a decoder that is none of those it knows).
+        let mut inner = catch_unwind(|| tokenizers::Tokenizer::from_bytes(json))
+            .map_err(|_| broken(&"a part of it is of no known kind"))?
+            .map_err(|e| broken(&e))?;
         let byte_level = match inner.get_decoder() {
             Some(DecoderWrapper::ByteLevel(_)) => true,
             Some(DecoderWrapper::Sequence(s)) => {
@@ -298,6 +303,11 @@ impl Detokenizer {
         }
         self.pending = rest.to_vec();
         out
+    }
+
+    /// Whether all ids so far have become text: no character is waiting for the rest of its bytes.
+    pub fn is_whole(&self) -> bool {
+        self.pending.is_empty()
     }
 
     /// Ends the stream: what is left of an incomplete character, as U+FFFD.

@@ -33,6 +33,7 @@ use crate::ops::kv_cache::KvCache;
 use crate::ops::patch_embed::Normalize;
 use crate::{Error, Result};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// How to make or read a model.
 #[derive(Clone, Copy, Debug, Default)]
@@ -56,6 +57,26 @@ pub struct Model {
     /// What pixels become before the patch embedding.
     pub normalize: Normalize,
     device: Device,
+    /// Held locked while the weights move.
+    access: Mutex<Access>,
+}
+
+/// Who works with the weights.
+#[derive(Default)]
+struct Access {
+    /// Engines that read them at present.
+    readers: usize,
+    /// How often they were taken by somebody who moves them.
+    version: u64,
+}
+
+/// The right to write a model's weights: see [`Model::take_weights`]. When it is dropped, they count as others.
+pub struct TakenWeights<'a>(MutexGuard<'a, Access>);
+
+impl Drop for TakenWeights<'_> {
+    fn drop(&mut self) {
+        self.0.version += 1;
+    }
 }
 
 impl Model {
@@ -64,7 +85,7 @@ impl Model {
         let vision = params.vision(&config, &params.flat);
         let vision = vision.ok_or_else(|| Error::internal("the store has no vision tower"))?;
         let normalize = Normalize::new(images.mean, images.std);
-        Ok(Model { config, params, text, vision, normalize, device: device.clone() })
+        Ok(Model { config, params, text, vision, normalize, device: device.clone(), access: Mutex::default() })
     }
 
     /// Reads a Hugging Face folder: `config.json`, and `model.safetensors` or shards with their index; pixels are normalised
@@ -108,6 +129,45 @@ impl Model {
     /// The device it lives on.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Notes that an engine begins to read the weights, or goes on after a pause; waits while they are being moved. Gives
+    /// their version, which stays as it is for as long as anybody reads.
+    pub(crate) fn begin_reading(&self) -> u64 {
+        let mut access = self.access();
+        access.readers += 1;
+        access.version
+    }
+
+    /// Takes back one [`begin_reading`](Self::begin_reading). Gives the version that was read.
+    pub(crate) fn end_reading(&self) -> u64 {
+        let mut access = self.access();
+        access.readers -= 1;
+        access.version
+    }
+
+    /// Takes the weights for somebody who moves them in place; no engine reads them until the guard is dropped, and one that
+    /// read them before, and was [paused](crate::engine::Engine::pause) since, forgets what it computed from them.
+    /// [`Learner::update`](crate::train::learner::Learner::update) takes them by itself; whoever writes into
+    /// [`params`](Self::params) by other means takes them meanwhile, and waits for what was written before the guard goes.
+    ///
+    /// Whoever asks again for what it holds, or lets an engine go on, waits for itself and never ends: drop the guard first.
+    ///
+    /// # Errors
+    /// [`Error::Input`] while an engine is at work on them.
+    pub fn take_weights(&self) -> Result<TakenWeights<'_>> {
+        let access = self.access();
+        match access.readers {
+            0 => Ok(TakenWeights(access)),
+            n => Err(Error::input(
+                format!("these weights cannot be moved: they are being read (engines at work on this model: {n})"),
+                "hold the guard of Engine::pause meanwhile, or drop the engine",
+            )),
+        }
+    }
+
+    fn access(&self) -> MutexGuard<'_, Access> {
+        self.access.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A KV cache of `blocks` pages for this shape.

@@ -31,14 +31,29 @@ impl Preset {
             image: first + 12,
             video: first + 13,
         };
-        let real = VisionConfig {
-            depth: 32,
-            hidden_size: 1280,
-            intermediate_size: 3420,
+        // What the published sizes have in common; the 3B's where they differ.
+        let published = || Config {
+            vocab_size: 151_936,
+            hidden_size: 2048,
+            intermediate_size: 11_008,
+            layers: 36,
             heads: 16,
-            out_hidden_size: 2048,
-            window_size: 112,
-            full_attention_blocks: vec![7, 15, 23, 31],
+            kv_heads: 2,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1e6,
+            mrope_section: [16, 24, 24],
+            max_position_embeddings: 128_000,
+            tie_word_embeddings: true,
+            tokens: base(151_643),
+            vision: VisionConfig {
+                depth: 32,
+                hidden_size: 1280,
+                intermediate_size: 3420,
+                heads: 16,
+                out_hidden_size: 2048,
+                window_size: 112,
+                full_attention_blocks: vec![7, 15, 23, 31],
+            },
         };
         match self {
             Preset::Tiny => Config {
@@ -87,36 +102,21 @@ impl Preset {
                     full_attention_blocks: vec![3, 7],
                 },
             },
-            Preset::B3 => Config {
-                vocab_size: 151_936,
-                hidden_size: 2048,
-                intermediate_size: 11_008,
-                layers: 36,
-                heads: 16,
-                kv_heads: 2,
-                rms_norm_eps: 1e-6,
-                rope_theta: 1e6,
-                mrope_section: [16, 24, 24],
-                max_position_embeddings: 128_000,
-                tie_word_embeddings: true,
-                tokens: base(151_643),
-                vision: real,
-            },
-            Preset::B7 => Config {
-                vocab_size: 152_064,
-                hidden_size: 3584,
-                intermediate_size: 18_944,
-                layers: 28,
-                heads: 28,
-                kv_heads: 4,
-                rms_norm_eps: 1e-6,
-                rope_theta: 1e6,
-                mrope_section: [16, 24, 24],
-                max_position_embeddings: 128_000,
-                tie_word_embeddings: false,
-                tokens: base(151_643),
-                vision: VisionConfig { out_hidden_size: 3584, ..real },
-            },
+            Preset::B3 => published(),
+            Preset::B7 => {
+                let b3 = published();
+                Config {
+                    vocab_size: 152_064,
+                    hidden_size: 3584,
+                    intermediate_size: 18_944,
+                    layers: 28,
+                    heads: 28,
+                    kv_heads: 4,
+                    tie_word_embeddings: false,
+                    vision: VisionConfig { out_hidden_size: 3584, ..b3.vision },
+                    ..b3
+                }
+            }
         }
     }
 }

@@ -28,7 +28,7 @@ where
             let workers: Vec<_> = batch
                 .iter()
                 .map(|(segment, rows)| {
-                    scope.spawn(move || -> Result<Vec<f32>> {
+                    let work = move || -> Result<Vec<f32>> {
                         let k = segment.k;
                         let mut out = vec![0.0; rows.len() * k];
                         for t in &segment.tensors {
@@ -39,13 +39,16 @@ where
                             }
                         }
                         Ok(out)
-                    })
+                    };
+                    let thread = std::thread::Builder::new().spawn_scoped(scope, work);
+                    thread.map_err(|e| Error::no_thread("a thread that fills the weights", e))
                 })
                 .collect();
-            workers.into_iter().map(|w| w.join()).collect::<Vec<_>>()
+            let panicked = |_| Error::internal("a thread that fills the weights panicked");
+            workers.into_iter().map(|w| w?.join().map_err(panicked)?).collect::<Vec<_>>()
         });
         for ((segment, rows), values) in batch.iter().zip(values) {
-            let values = values.map_err(|_| Error::internal("a thread that fills the weights panicked"))??;
+            let values = values?;
             segment.write(s, &params.flat, rows.clone(), &values);
         }
     }

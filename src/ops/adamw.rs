@@ -58,6 +58,8 @@ pub fn step(
     let n = params.len();
     assert!(grads.len() == n && m.len() == n && v.len() == n, "gradients and moments of {n} elements");
     assert!(step >= 1, "steps count from 1");
+    let apart = |b: &Buffer, others: &[&Buffer]| others.iter().all(|o| !b.overlaps(o));
+    assert!(apart(params, &[grads, m, v]) && apart(grads, &[m, v]) && apart(m, &[v]), "four buffers that are apart");
     let AdamW { lr, beta1, beta2, eps, weight_decay } = hyper;
     let t = step as f64;
     let (bias1, bias2) = (1.0 - beta1.powf(t), 1.0 - beta2.powf(t));
@@ -138,7 +140,7 @@ multiversion!(fn square_sum(g: &[f32]) -> f64 = square_sum_body);
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{close, devices, noise};
+    use super::super::testing::{close, devices, noise, same_on_every_isa};
     use super::*;
     use crate::device::{DType, Device};
 
@@ -194,5 +196,19 @@ mod tests {
             let got = s.read::<f32>(&out).wait().unwrap()[0];
             assert!(if nan { got.is_nan() } else { got == f32::INFINITY });
         }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let n = CHUNK + 37;
+        let hyper = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
+        same_on_every_isa(|d| {
+            let (s, norm) = (d.stream(), d.alloc(DType::F32, 1));
+            let [p, g, m] = [1, 2, 3].map(|seed| d.upload(&noise(n, seed)));
+            let v = d.zeros(DType::F32, n);
+            grad_norm(&s, &g, &norm);
+            step(&s, &p, &g, &m, &v, hyper, 2, 0.37);
+            [norm, p, m, v].map(|b| s.read::<f32>(&b).wait().unwrap()).concat()
+        });
     }
 }

@@ -1,13 +1,12 @@
 //! Token embedding: rows of a table by id, and the gradient of that table.
 
 use super::linear::{PANEL, Weight};
+use super::rows::add_slice;
 use crate::device::{Backend, Buffer, SendPtr, Stream};
 
 /// An id that stands for no token (the rows that image embeddings fill): reads as zeros, has no gradient.
 pub const NO_TOKEN: u32 = u32::MAX;
 
-/// Columns per work item of the gradient.
-const COLS: usize = 128;
 /// Elements per work item of the forward pass.
 const CHUNK: usize = 16_384;
 
@@ -87,17 +86,24 @@ pub fn backward(s: &Stream, ids: &Buffer, dout: &Buffer, dtable: Table<'_>, t: u
             // SAFETY: launches of one stream run in order; the table's gradient is not its input.
             let (ids, dout, table) = unsafe { (ids.get::<u32>(), dout.get::<f32>(), table.get_mut::<f32>()) };
             let (len, table, stride) = (table.len(), SendPtr(table.as_mut_ptr()), layout.stride());
-            pool.run(h.div_ceil(COLS), |item| {
-                let (c, n) = (item * COLS, COLS.min(h - item * COLS));
+            // Wide parts of rows: what lies side by side comes from memory faster.
+            let cols = h.div_ceil(pool.threads()).next_multiple_of(PANEL);
+            pool.run(h.div_ceil(cols), |item| {
+                let (c, n) = (item * cols, cols.min(h - item * cols));
                 for (d, &id) in dout.chunks_exact(h).zip(&ids[..t]) {
                     if id == NO_TOKEN {
                         continue;
                     }
-                    let at = layout.start(id as usize) + c * stride;
+                    let (d, at) = (&d[c..c + n], layout.start(id as usize) + c * stride);
                     assert!(at + (n - 1) * stride < len, "id {id} past the end of the table");
-                    for (i, &d) in d[c..c + n].iter().enumerate() {
-                        // SAFETY: in bounds by the assertion; these columns belong to this item.
-                        unsafe { *table.get().add(at + i * stride) += d };
+                    // SAFETY: in bounds by the assertion; these columns belong to this item.
+                    unsafe {
+                        let to = table.get().add(at);
+                        if layout.packed {
+                            d.iter().enumerate().for_each(|(i, d)| *to.add(i * PANEL) += d);
+                        } else {
+                            add_slice(std::slice::from_raw_parts_mut(to, n), d);
+                        }
                     }
                 }
             });

@@ -8,6 +8,7 @@ const CHUNK: usize = 8192;
 /// `y = gelu(x)` over `len` elements.
 pub fn forward(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
     assert!(x.len() >= len && y.len() >= len, "buffers of at least {len} elements");
+    assert!(!y.overlaps(x), "y apart from x");
     let (x, y) = (x.clone(), y.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
@@ -21,6 +22,7 @@ pub fn forward(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
 /// `dx = dy * gelu'(x)` over `len` elements, with `gelu'(x) = cdf(x) + x pdf(x)` of the normal distribution.
 pub fn backward(s: &Stream, x: &Buffer, dy: &Buffer, dx: &Buffer, len: usize) {
     assert!(x.len() >= len && dy.len() >= len && dx.len() >= len, "buffers of at least {len} elements");
+    assert!(!dx.overlaps(x) && !dx.overlaps(dy), "dx apart from x and dy");
     let (x, dy, dx) = (x.clone(), dy.clone(), dx.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
@@ -63,7 +65,7 @@ multiversion!(fn apply_backward(x: &[f32], dy: &[f32], dx: &mut [f32]) = apply_b
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{close, devices, noise};
+    use super::super::testing::{close, devices, noise, same_on_every_isa};
     use super::*;
     use crate::device::DType;
 
@@ -97,5 +99,18 @@ mod tests {
             close(&got.1, &dx, 2e-6);
             assert_eq!(*first.get_or_insert(got.clone()), got);
         }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let n = 9001;
+        let x: Vec<f32> = noise(n, 1).iter().map(|x| x * 9.0).collect();
+        same_on_every_isa(|d| {
+            let (s, x, dy) = (d.stream(), d.upload(&x), d.upload(&noise(n, 2)));
+            let (y, dx) = (d.alloc(DType::F32, n), d.alloc(DType::F32, n));
+            forward(&s, &x, &y, n);
+            backward(&s, &x, &dy, &dx, n);
+            [y, dx].map(|b| s.read::<f32>(&b).wait().unwrap()).concat()
+        });
     }
 }

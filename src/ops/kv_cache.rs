@@ -9,10 +9,13 @@
 //! Gradients of keys and values live in pages of the same layout. A slot is `page * BLOCK + offset`. Slots that no token
 //! was written to may hold anything; nothing reads them.
 
+use super::linear::transpose::transpose;
 use crate::device::{Backend, Buffer, DType, Device, Pool, SendPtr, Stream};
 
 /// Tokens of a page.
 pub const BLOCK: usize = 32;
+/// Tokens that are moved together: few rows to read at a time, side by side, while the page stays in the first cache.
+const RUN: usize = 8;
 
 /// The pages of one layer, or their gradients.
 #[derive(Clone)]
@@ -60,7 +63,7 @@ fn padded(head_dim: usize) -> usize {
     head_dim.next_multiple_of(16)
 }
 
-/// Where one token's heads are in pages and in rows.
+/// Where tokens' heads are in pages and in rows.
 #[derive(Clone, Copy)]
 struct Layout {
     kv_heads: usize,
@@ -71,40 +74,69 @@ struct Layout {
 }
 
 impl Layout {
-    /// Calls `f(column of the row, index into keys or values, true for keys)` for every element of a token.
-    #[inline(always)]
-    fn each(&self, slot: usize, mut f: impl FnMut(usize, usize, bool)) {
+    /// For every head of the token at `slot`: where its keys and values begin in the row, and where in the pages.
+    fn heads(self, slot: usize) -> impl Iterator<Item = [usize; 4]> {
         let (page, at) = (slot / BLOCK, slot % BLOCK);
-        for head in 0..self.kv_heads {
+        (0..self.kv_heads).map(move |head| {
             let (base, column) = (page * self.kv_heads + head, head * self.head_dim);
-            for d in 0..self.head_dim {
-                f(self.k_offset + column + d, (base * self.head_dim + d) * BLOCK + at, true);
-            }
-            for d in 0..self.head_dim {
-                f(self.v_offset + column + d, (base * BLOCK + at) * padded(self.head_dim) + d, false);
-            }
-        }
-    }
-
-    /// Runs `f(token, slot)` over all tokens, on all threads; asserts that slots and rows are there.
-    fn over(&self, pool: &Pool, slots: &[u32], blocks: usize, f: impl Fn(usize, usize) + Sync) {
-        pool.run(slots.len().div_ceil(BLOCK), |i| {
-            for (j, &slot) in slots[i * BLOCK..].iter().take(BLOCK).enumerate() {
-                assert!((slot as usize) < blocks * BLOCK, "slot {slot} of a cache of {blocks} pages");
-                f(i * BLOCK + j, slot as usize);
-            }
-        });
+            let (k, v) = (base * self.head_dim * BLOCK + at, (base * BLOCK + at) * padded(self.head_dim));
+            [self.k_offset + column, self.v_offset + column, k, v]
+        })
     }
 }
 
-fn layout(cache: &KvCache, rows: &Buffer, row_stride: usize, k_offset: usize, v_offset: usize, t: usize) -> Layout {
-    let width = cache.kv_heads * cache.head_dim;
-    assert!(
-        row_stride >= width + k_offset.max(v_offset),
-        "rows of {row_stride} floats are too short for keys and values"
-    );
-    assert!(rows.len() >= t * row_stride, "{t} rows of {row_stride} in a buffer of {}", rows.len());
-    Layout { kv_heads: cache.kv_heads, head_dim: cache.head_dim, row_stride, k_offset, v_offset }
+/// The pages and the rows of a call's tokens, checked against each other.
+struct Tokens {
+    layer: KvLayer,
+    blocks: usize,
+    rows: Buffer,
+    slots: Buffer,
+    layout: Layout,
+}
+
+impl Tokens {
+    fn new(
+        layer: &KvLayer,
+        cache: &KvCache,
+        rows: &Buffer,
+        row_stride: usize,
+        k_offset: usize,
+        v_offset: usize,
+        slots: &Buffer,
+        t: usize,
+    ) -> Tokens {
+        cache.check(layer);
+        let &KvCache { blocks, kv_heads, head_dim, .. } = cache;
+        assert!(
+            row_stride >= kv_heads * head_dim + k_offset.max(v_offset),
+            "rows of {row_stride} floats are too short for keys and values"
+        );
+        assert!(rows.len() >= t * row_stride, "{t} rows of {row_stride} in a buffer of {}", rows.len());
+        let layout = Layout { kv_heads, head_dim, row_stride, k_offset, v_offset };
+        Tokens { layer: layer.clone(), blocks, rows: rows.clone(), slots: slots.view(0, t), layout }
+    }
+
+    /// Runs `f(first token, its slot, number)` over runs of up to [`RUN`] tokens in consecutive slots of a page, which
+    /// together are all tokens, on all threads; asserts that the slots are there.
+    ///
+    /// # Safety
+    /// As [`Buffer::get`], of the slots.
+    unsafe fn runs(&self, pool: &Pool, f: impl Fn(usize, usize, usize) + Sync) {
+        // SAFETY: by contract.
+        let (slots, blocks) = (unsafe { self.slots.get::<u32>() }, self.blocks);
+        pool.run(slots.len().div_ceil(BLOCK), |i| {
+            let mut token = i * BLOCK;
+            let consecutive = |a: &u32, b: &u32| b.wrapping_sub(*a) == 1 && !(*b as usize).is_multiple_of(BLOCK);
+            for run in slots[token..].chunks(BLOCK).take(1).flat_map(|s| s.chunk_by(consecutive)) {
+                for run in run.chunks(RUN) {
+                    let slot = run[0] as usize;
+                    assert!(slot < blocks * BLOCK, "slot {slot} of a cache of {blocks} pages");
+                    f(token, slot, run.len());
+                    token += run.len();
+                }
+            }
+        });
+    }
 }
 
 /// Writes the keys and values of `t` tokens into their pages.
@@ -122,17 +154,22 @@ pub fn write(
     slots: &Buffer,
     t: usize,
 ) {
-    cache.check(layer);
-    let (layout, blocks) = (layout(cache, rows, row_stride, k_offset, v_offset, t), cache.blocks);
-    let (layer, rows, slots) = (layer.clone(), rows.clone(), slots.view(0, t));
+    let tokens = Tokens::new(layer, cache, rows, row_stride, k_offset, v_offset, slots, t);
     match s.backend() {
-        // SAFETY: launches run one after the other; tokens have different slots, all in bounds.
+        // SAFETY: launches run one after the other; tokens have different slots, all in bounds, as are the rows.
         Backend::Cpu(s) => s.launch(move |pool| unsafe {
-            let (k, v) = (layer.k.get_mut::<f32>(), layer.v.get_mut::<f32>());
-            let (k, v, rows) = (SendPtr(k.as_mut_ptr()), SendPtr(v.as_mut_ptr()), rows.get::<f32>());
-            layout.over(pool, slots.get::<u32>(), blocks, |i, slot| {
-                let row = &rows[i * layout.row_stride..][..layout.row_stride];
-                layout.each(slot, |from, to, key| *(if key { k.get() } else { v.get() }).add(to) = row[from]);
+            let layout @ Layout { head_dim: hd, row_stride: stride, .. } = tokens.layout;
+            let (k, v) = (tokens.layer.k.get_mut::<f32>(), tokens.layer.v.get_mut::<f32>());
+            let (k, v, rows) = (SendPtr(k.as_mut_ptr()), SendPtr(v.as_mut_ptr()), tokens.rows.get::<f32>());
+            tokens.runs(pool, |i, slot, n| {
+                let rows = rows[i * stride..].as_ptr();
+                for [from_k, from_v, to_k, to_v] in layout.heads(slot) {
+                    transpose(rows.add(from_k), stride, n, hd, k.get().add(to_k), BLOCK);
+                    for j in 0..n {
+                        let to = v.get().add(to_v + j * padded(hd));
+                        to.copy_from_nonoverlapping(rows.add(from_v + j * stride), hd);
+                    }
+                }
             });
         }),
     }
@@ -152,17 +189,22 @@ pub fn gather(
     slots: &Buffer,
     t: usize,
 ) {
-    cache.check(layer);
-    let (layout, blocks) = (layout(cache, rows, row_stride, k_offset, v_offset, t), cache.blocks);
-    let (layer, rows, slots) = (layer.clone(), rows.clone(), slots.view(0, t));
+    let tokens = Tokens::new(layer, cache, rows, row_stride, k_offset, v_offset, slots, t);
     match s.backend() {
         // SAFETY: launches run one after the other; every token has its own row, in bounds.
         Backend::Cpu(s) => s.launch(move |pool| unsafe {
-            let (k, v) = (layer.k.get::<f32>(), layer.v.get::<f32>());
-            let rows = SendPtr(rows.get_mut::<f32>().as_mut_ptr());
-            layout.over(pool, slots.get::<u32>(), blocks, |i, slot| {
-                let row = rows.get().add(i * layout.row_stride);
-                layout.each(slot, |to, from, key| *row.add(to) = if key { k[from] } else { v[from] });
+            let layout @ Layout { head_dim: hd, row_stride: stride, .. } = tokens.layout;
+            let (k, v) = (tokens.layer.k.get::<f32>(), tokens.layer.v.get::<f32>());
+            let rows = SendPtr(tokens.rows.get_mut::<f32>().as_mut_ptr());
+            tokens.runs(pool, |i, slot, n| {
+                let rows = rows.get().add(i * stride);
+                for [to_k, to_v, from_k, from_v] in layout.heads(slot) {
+                    transpose(k.as_ptr().add(from_k), BLOCK, hd, n, rows.add(to_k), stride);
+                    for j in 0..n {
+                        let from = v.as_ptr().add(from_v + j * padded(hd));
+                        from.copy_to_nonoverlapping(rows.add(to_v + j * stride), hd);
+                    }
+                }
             });
         }),
     }
@@ -200,6 +242,7 @@ fn for_pages(s: &Stream, cache: &KvCache, from: usize, to: usize, f: fn(&[f32], 
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::{devices, noise};
     use super::*;
 
     #[test]
@@ -235,6 +278,32 @@ mod tests {
             let row = s.read::<f32>(&row).wait().unwrap();
             assert_eq!(row[1], 2.0 * ((BLOCK - 6) * stride + 1) as f32);
             assert_eq!(row[2 + width], 2.0 * ((BLOCK - 6) * stride + 2 + width) as f32);
+        }
+    }
+
+    #[test]
+    fn every_element_goes_where_the_layout_says_however_slots_lie() {
+        let (t, heads, hd, blocks) = (75, 2, 18, 4);
+        let (width, slots) = (heads * hd, blocks * BLOCK);
+        let stride = 2 * width + 5;
+        // In a row, over the ends of pages; backwards; scattered; in runs that break.
+        let orders: [fn(usize) -> usize; 4] =
+            [|i| i + 21, |i| 127 - i, |i| i * 37 % 128, |i| (i / 5 * 15 + i % 5) % 128];
+        for order in orders {
+            for d in devices() {
+                let (s, cache) = (d.stream(), KvCache::new(&d, 1, blocks, heads, hd));
+                let (layer, x) = (&cache.layers[0], noise(t * stride, 1));
+                let at: Vec<u32> = (0..t).map(|i| order(i) as u32).collect();
+                write(&s, layer, &cache, &d.upload(&x), stride, 2, 3 + width, &d.upload(&at), t);
+                let (k, v) = (s.read::<f32>(&layer.k).wait().unwrap(), s.read::<f32>(&layer.v).wait().unwrap());
+                assert_eq!((k.len(), v.len()), (slots * width, slots * heads * padded(hd)));
+                for (i, head, c) in (0..t).flat_map(|i| (0..width).map(move |c| (i, c / hd, c % hd))) {
+                    let (base, offset) = (order(i) / BLOCK * heads + head, order(i) % BLOCK);
+                    let column = i * stride + head * hd + c;
+                    assert_eq!(k[(base * hd + c) * BLOCK + offset], x[column + 2]);
+                    assert_eq!(v[(base * BLOCK + offset) * padded(hd) + c], x[column + 3 + width]);
+                }
+            }
         }
     }
 }

@@ -4,7 +4,7 @@
 //! blocks (block row, block column, row in the block, column in the block), as the merger wants them; the inputs of a row
 //! are ordered (channel, frame, y, x). A still image fills both frames of the temporal patch.
 //!
-//! The normalised pixels never exist for a whole image: 256 patches at a time are written into a scratch tile and
+//! The normalised pixels never exist for a whole image: 512 patches at a time are written into a scratch tile and
 //! multiplied. How patches fall into tiles changes no bit.
 
 use super::linear::{self, Epilogue, Weight};
@@ -21,8 +21,8 @@ pub const CHANNELS: usize = 3;
 /// Inputs of a patch: (channel, frame, y, x).
 pub const INPUTS: usize = CHANNELS * FRAMES * PATCH * PATCH;
 
-/// Patches per scratch tile: 1.2 MB.
-const TILE: usize = 256;
+/// Patches per scratch tile, 2.4 MB: what the product that makes the weight's gradient takes at a time.
+const TILE: usize = linear::BATCH;
 /// Patches per work item while a tile is filled.
 const PATCHES: usize = 16;
 
@@ -194,7 +194,7 @@ mod tests {
     /// Two images in one buffer, with bytes between them; the second reaches over several tiles.
     fn images() -> (Vec<u8>, [Geometry; 2]) {
         let a = Geometry { offset: 5, grid_h: 4, grid_w: 6 };
-        let b = Geometry { offset: 5 + a.bytes() + 11, grid_h: 14, grid_w: 20 };
+        let b = Geometry { offset: 5 + a.bytes() + 11, grid_h: 26, grid_w: 44 };
         let bytes = noise(b.offset + b.bytes(), 3).iter().map(|x| ((x + 1.0) * 127.9) as u8).collect();
         (bytes, [a, b])
     }

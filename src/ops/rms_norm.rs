@@ -13,6 +13,7 @@ const COL_BLOCK: usize = 128;
 /// `y[r, :] = x[r, :] / rms(x[r, :]) * w`, with x and y `[rows, cols]` and w `[cols]`.
 pub fn forward(s: &Stream, x: &Buffer, w: &Buffer, eps: f32, y: &Buffer, rows: usize, cols: usize) {
     check(&[x, y], w, rows, cols);
+    assert!(!y.overlaps(x) && !y.overlaps(w), "y apart from x and w");
     let (x, w, y) = (x.clone(), w.clone(), y.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
@@ -44,6 +45,7 @@ pub fn backward(
     cols: usize,
 ) {
     check(&[x, dy, dx], w, rows, cols);
+    assert!([x, w, dy].iter().all(|b| !dx.overlaps(b)), "dx apart from x, w and dy");
     assert!(dw.is_none_or(|d| d.len() == cols), "dw of {cols} elements");
     let (x, w, dy, dx, dw) = (x.clone(), w.clone(), dy.clone(), dx.clone(), dw.cloned());
     match s.backend() {
@@ -137,7 +139,7 @@ multiversion!(fn weight_gradient(x: &[f32], dy: &[f32], k: &[f32], col: usize, c
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{close, devices, noise};
+    use super::super::testing::{close, devices, noise, same_on_every_isa};
     use super::*;
     use crate::device::DType;
 
@@ -198,6 +200,20 @@ mod tests {
                 backward(&s, &xb, &wb, EPS, &dyb, &frozen, None, rows, cols);
                 assert_eq!(s.read::<f32>(&frozen).wait().unwrap(), got.0);
             }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        for (rows, cols) in SHAPES {
+            same_on_every_isa(|d| {
+                let (s, n) = (d.stream(), rows * cols);
+                let [x, w, dy] = [(n, 1), (cols, 2), (n, 3)].map(|(n, seed)| d.upload(&noise(n, seed)));
+                let [y, dx, dw] = [n, n, cols].map(|n| d.zeros(DType::F32, n));
+                forward(&s, &x, &w, EPS, &y, rows, cols);
+                backward(&s, &x, &w, EPS, &dy, &dx, Some(&dw), rows, cols);
+                [y, dx, dw].map(|b| s.read::<f32>(&b).wait().unwrap()).concat()
+            });
         }
     }
 }

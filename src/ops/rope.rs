@@ -5,6 +5,7 @@
 //! the first half of the pairs by the height and the second by the width. Angles are f32 products, and cosines and sines
 //! are taken of the rounded product, as the reference model was trained.
 
+use super::simd::multiversion;
 use crate::device::{Backend, Buffer, SendPtr, Stream};
 
 /// Rows of a parallel item: enough work to be worth handing out.
@@ -97,6 +98,7 @@ pub fn rotate(
     assert!(x.len() >= rows * row_stride, "{rows} rows of {row_stride} in a buffer of {}", x.len());
     assert!(cos.len() >= rows * pairs && sin.len() >= rows * pairs, "rope tables for {rows} rows of {pairs}");
     let (x, cos, sin) = (x.view(0, rows * row_stride), cos.clone(), sin.clone());
+    let sign = if inverse { -1.0 } else { 1.0 };
     match s.backend() {
         // SAFETY: launches run one after the other; the tables are not part of `x`.
         Backend::Cpu(s) => s.launch(move |pool| unsafe {
@@ -105,28 +107,30 @@ pub fn rotate(
                 for (i, row) in x.chunks_mut(row_stride).enumerate() {
                     let at = (chunk * ROWS + i) * pairs;
                     let (cos, sin) = (&cos[at..at + pairs], &sin[at..at + pairs]);
-                    for head in row[col_offset..col_offset + heads * hd].chunks_exact_mut(hd) {
-                        turn(head, cos, sin, inverse);
-                    }
+                    turn(&mut row[col_offset..col_offset + heads * hd], cos, sin, sign);
                 }
             });
         }),
     }
 }
 
-/// One head. The sine's sign flips for the inverse; a product and its negation round alike.
-fn turn(head: &mut [f32], cos: &[f32], sin: &[f32], inverse: bool) {
-    let (a, b) = head.split_at_mut(cos.len());
-    let sign = if inverse { -1.0 } else { 1.0 };
-    for ((a, b), (c, s)) in a.iter_mut().zip(b).zip(cos.iter().zip(sin)) {
-        let (x, y, s) = (*a, *b, s * sign);
-        *a = x * c - y * s;
-        *b = y * c + x * s;
+/// Heads side by side; nothing is fused. The sine's sign flips for the inverse; a product and its negation round alike.
+#[inline(always)]
+fn turn_body<const FMA: bool>(heads: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
+    for head in heads.chunks_exact_mut(2 * cos.len()) {
+        let (a, b) = head.split_at_mut(cos.len());
+        for ((a, b), (c, s)) in a.iter_mut().zip(b).zip(cos.iter().zip(sin)) {
+            let (x, y, s) = (*a, *b, s * sign);
+            *a = x * c - y * s;
+            *b = y * c + x * s;
+        }
     }
 }
+multiversion!(fn turn(heads: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) = turn_body);
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::{noise, same_on_every_isa};
     use super::*;
     use crate::device::{DType, Device};
 
@@ -206,5 +210,28 @@ mod tests {
             &s.read::<f32>(&b).wait().unwrap().iter().map(|x| x / 32.0).collect::<Vec<_>>(),
             &x.iter().map(|x| x / 32.0).collect::<Vec<_>>(),
         );
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_bits_of_the_plain_formula() {
+        for (hd, inverse) in [(6, false), (64, true), (80, false)] {
+            let (rows, heads, pairs, at) = (3, 2, hd / 2, 5);
+            let stride = at + heads * hd + 1;
+            let (x, cos, sin) = (noise(rows * stride, 1), noise(rows * pairs, 2), noise(rows * pairs, 3));
+            let mut want = x.clone();
+            for (row, head, i) in (0..rows).flat_map(|r| (0..heads * pairs).map(move |j| (r, j / pairs, j % pairs))) {
+                let a = row * stride + at + head * hd + i;
+                let (c, s) = (cos[row * pairs + i], sin[row * pairs + i]);
+                let s = if inverse { -s } else { s };
+                (want[a], want[a + pairs]) = (x[a] * c - x[a + pairs] * s, x[a + pairs] * c + x[a] * s);
+            }
+            same_on_every_isa(|d| {
+                let (s, b) = (d.stream(), d.upload(&x));
+                rotate(&s, &b, stride, at, heads, hd, &d.upload(&cos), &d.upload(&sin), rows, inverse);
+                let got = s.read::<f32>(&b).wait().unwrap();
+                assert_eq!(got, want);
+                got
+            });
+        }
     }
 }

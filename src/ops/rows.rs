@@ -1,9 +1,9 @@
 //! Moving and adding rows: gather, scatter and the additions that are their gradients.
 //!
-//! An index outside its matrix is a mistake of the caller and panics. Where several rows go to one place, they go in
+//! An index outside its matrix is a mistake of the caller and panics, and so is a destination that overlaps a source. Where several rows go to one place, they go in
 //! ascending order: work is cut by columns, never by rows.
 
-use crate::device::{Backend, Buffer, SendPtr, Stream};
+use crate::device::{Backend, Buffer, Pool, SendPtr, Stream};
 
 /// Columns per work item of the ops that write to `dst[index]`.
 const COLS: usize = 256;
@@ -32,6 +32,7 @@ pub fn scatter_add(s: &Stream, src: &Buffer, index: &Buffer, dst: &Buffer, n: us
 /// `y += x` over `len` elements.
 pub fn add(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
     assert!(x.len() >= len && y.len() >= len, "buffers of at least {len} elements");
+    assert!(!y.overlaps(x), "a sum into a buffer that overlaps what is added");
     let (x, y) = (x.clone(), y.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
@@ -42,7 +43,7 @@ pub fn add(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
     }
 }
 
-fn add_slice(d: &mut [f32], s: &[f32]) {
+pub(super) fn add_slice(d: &mut [f32], s: &[f32]) {
     d.iter_mut().zip(s).for_each(|(d, s)| *d += s);
 }
 
@@ -55,20 +56,15 @@ fn by_rows(
     w: usize,
     put: impl Fn(&mut [f32], &[f32]) + Send + Sync + 'static,
 ) {
-    assert!(index.len() >= n && dst.len() >= n * w, "{n} indices and a destination of [{n}, {w}]");
-    let (src, index, dst) = (src.clone(), index.clone(), dst.clone());
-    match s.backend() {
-        Backend::Cpu(s) => s.launch(move |pool| {
-            // SAFETY: launches of one stream run in order; dst is neither src nor index.
-            let (src, index, dst) = unsafe { (src.get::<f32>(), index.get::<u32>(), dst.get_mut::<f32>()) };
-            let per = (CHUNK / w.max(1)).max(1);
-            pool.chunks_mut(&mut dst[..n * w], per * w, |i, d| {
-                for (j, d) in d.chunks_exact_mut(w).enumerate() {
-                    put(d, &src[index[i * per + j] as usize * w..][..w]);
-                }
-            });
-        }),
-    }
+    assert!(dst.len() >= n * w, "a destination of [{n}, {w}]");
+    launch(s, src, index, dst, n, move |pool, src, index, dst| {
+        let per = (CHUNK / w.max(1)).max(1);
+        pool.chunks_mut(&mut dst[..n * w], per * w, |i, d| {
+            for (j, d) in d.chunks_exact_mut(w).enumerate() {
+                put(d, &src[index[i * per + j] as usize * w..][..w]);
+            }
+        });
+    });
 }
 
 fn by_cols(
@@ -80,24 +76,39 @@ fn by_cols(
     w: usize,
     put: impl Fn(&mut [f32], &[f32]) + Send + Sync + 'static,
 ) {
-    assert!(index.len() >= n && src.len() >= n * w, "{n} indices and a source of [{n}, {w}]");
-    let (src, index, dst) = (src.clone(), index.clone(), dst.clone());
+    assert!(src.len() >= n * w, "a source of [{n}, {w}]");
+    launch(s, src, index, dst, n, move |pool, src, index, dst| {
+        let (len, dst) = (dst.len(), SendPtr(dst.as_mut_ptr()));
+        // A few rows are not worth waking a thread.
+        let cols = if n * w <= CHUNK { w } else { COLS };
+        pool.run(w.div_ceil(cols), |item| {
+            let (c, k) = (item * cols, cols.min(w - item * cols));
+            for (src, &to) in src.chunks_exact(w).zip(index) {
+                let at = to as usize * w + c;
+                assert!(at + k <= len, "row {to} of a destination of {} rows", len / w);
+                // SAFETY: in bounds by the assertion; columns c..c+k belong to this item.
+                put(unsafe { std::slice::from_raw_parts_mut(dst.get().add(at), k) }, &src[c..c + k]);
+            }
+        });
+    });
+}
+
+/// Launches `f(pool, src, the first n indices, dst)`.
+fn launch(
+    s: &Stream,
+    src: &Buffer,
+    index: &Buffer,
+    dst: &Buffer,
+    n: usize,
+    f: impl FnOnce(&Pool, &[f32], &[u32], &mut [f32]) + Send + 'static,
+) {
+    assert!(!dst.overlaps(src) && !dst.overlaps(index), "rows moved into a buffer that overlaps where they come from");
+    let (src, index, dst) = (src.clone(), index.view(0, n), dst.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
             // SAFETY: launches of one stream run in order; dst is neither src nor index.
-            let (src, index, dst) = unsafe { (src.get::<f32>(), index.get::<u32>(), dst.get_mut::<f32>()) };
-            let (len, dst) = (dst.len(), SendPtr(dst.as_mut_ptr()));
-            // A few rows are not worth waking a thread.
-            let cols = if n * w <= CHUNK { w } else { COLS };
-            pool.run(w.div_ceil(cols), |item| {
-                let (c, k) = (item * cols, cols.min(w - item * cols));
-                for (src, &to) in src.chunks_exact(w).zip(&index[..n]) {
-                    let at = to as usize * w + c;
-                    assert!(at + k <= len, "row {to} of a destination of {} rows", len / w);
-                    // SAFETY: in bounds by the assertion; columns c..c+k belong to this item.
-                    put(unsafe { std::slice::from_raw_parts_mut(dst.get().add(at), k) }, &src[c..c + k]);
-                }
-            });
+            let (src, index, dst) = unsafe { (src.get(), index.get(), dst.get_mut()) };
+            f(pool, src, index, dst);
         }),
     }
 }
@@ -143,5 +154,22 @@ mod tests {
                 assert_eq!(s.read::<f32>(&out).wait().unwrap(), sum);
             }
         }
+    }
+
+    #[test]
+    fn halves_of_one_buffer_are_apart() {
+        for d in devices() {
+            let (s, b) = (d.stream(), d.upload(&[1.0f32, 2.0, 3.0, 4.0]));
+            add(&s, &b.view(0, 2), &b.view(2, 2), 2);
+            assert_eq!(s.read::<f32>(&b).wait().unwrap(), [1.0, 2.0, 4.0, 6.0]);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "overlaps")]
+    fn a_sum_into_its_own_source_is_refused() {
+        let d = crate::device::Device::cpu(1);
+        let b = d.zeros(DType::F32, 8);
+        add(&d.stream(), &b.view(0, 5), &b.view(4, 4), 4);
     }
 }

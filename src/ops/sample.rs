@@ -100,7 +100,7 @@ struct How {
     u: f64,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Candidate {
     x: f32,
     /// `exp((x - max) / T)`
@@ -115,8 +115,10 @@ struct Scratch {
     /// The largest allowed logit of each group of 32 ids.
     tops: Vec<f32>,
     sorted_tops: Vec<f32>,
-    /// What truncation has left.
+    /// What truncation has left, ascending.
     kept: Vec<Candidate>,
+    /// Those among which a cut is looked for, in any order.
+    mixed: Vec<Candidate>,
 }
 
 thread_local! {
@@ -192,9 +194,9 @@ fn walk(weights: impl Iterator<Item = f32>, mut rest: f64) -> usize {
 /// Leaves in `kept` the ids that top-k, top-p and min-p keep, ascending.
 ///
 /// Nothing is sorted: a lower bound on the smallest logit that can survive drops most of the vocabulary, and selections
-/// by halves find the exact cuts among the rest.
+/// among the rest, or a part of it, find the exact cuts.
 fn truncate(row: &[f32], forbidden: &[u32], how: &How, lse: &LogSumExp, scratch: &mut Scratch) {
-    let Scratch { tops, sorted_tops, kept, .. } = scratch;
+    let Scratch { tops, sorted_tops, kept, mixed, .. } = scratch;
     let top_k = if how.top_k == 0 { usize::MAX } else { how.top_k };
     tops.resize(forbidden.len(), 0.0);
     group_maxima(row, forbidden, tops);
@@ -214,24 +216,20 @@ fn truncate(row: &[f32], forbidden: &[u32], how: &How, lse: &LogSumExp, scratch:
     floor -= 1e-3 * (1.0 + floor.abs());
     collect(row, forbidden, lse, tops, floor, kept);
     if top_k < kept.len() {
-        kept.select_nth_unstable_by(top_k - 1, descending);
-        kept.truncate(top_k);
+        keep_largest(kept, mixed, lse, |_| 1.0, top_k as f64);
     }
     if how.top_p < 1.0 {
         // After top-k what is left is the whole; without it the whole is the vocabulary, dropped ids included.
         let whole =
             if top_k < row.len() { kept.iter().map(|c| c.weight as f64).sum() } else { (lse.log_sum as f64).exp() };
-        let keep = nucleus(kept, how.top_p.max(0.0) as f64 * whole);
-        kept.truncate(keep);
+        keep_largest(kept, mixed, lse, |c| c.weight as f64, how.top_p.max(0.0) as f64 * whole);
     }
     if how.min_p > 0.0 {
         let bound = how.min_p.min(1.0);
-        kept.retain(|c| c.weight >= bound);
-    }
-    // Selection has mixed the order. What was kept is all from the largest down to this one.
-    if let Some(&cut) = kept.iter().max_by(|a, b| descending(a, b)) {
-        collect(row, forbidden, lse, tops, cut.x, kept);
-        kept.retain(|c| descending(c, &cut).is_le());
+        let last = kept.iter().filter(|c| c.weight >= bound).max_by(|a, b| descending(a, b)).copied();
+        if let Some(last) = last {
+            keep_down_to(&last, kept);
+        }
     }
 }
 
@@ -248,9 +246,13 @@ fn collect(row: &[f32], forbidden: &[u32], lse: &LogSumExp, tops: &[f32], floor:
         weights(x, words, lse.max, lse.inv_t, &mut w);
         for g in (0..words.len()).filter(|&g| tops[g] >= floor) {
             let at = g * GROUP;
-            for (i, x) in allowed(x, words, g).into_iter().enumerate().filter(|(_, x)| *x >= floor) {
-                out.push(Candidate { x, weight: w[at + i], id: (b * BLOCK + at + i) as u32 });
+            // Each takes a place that the next overwrites unless it counts: there is no branch to guess.
+            let (mut group, mut n) = ([Candidate::default(); GROUP], 0);
+            for (i, x) in allowed(x, words, g).into_iter().enumerate() {
+                group[n % GROUP] = Candidate { x, weight: w[at + i], id: (b * BLOCK + at + i) as u32 };
+                n += usize::from(x >= floor);
             }
+            out.extend_from_slice(&group[..n]);
         }
     }
 }
@@ -260,14 +262,37 @@ fn descending(a: &Candidate, b: &Candidate) -> Ordering {
     b.x.partial_cmp(&a.x).unwrap_or(Ordering::Equal).then(a.id.cmp(&b.id))
 }
 
-/// Moves to the front the fewest of the largest candidates whose weights reach `mass`, and returns how many.
-fn nucleus(c: &mut [Candidate], mass: f64) -> usize {
-    // The answer is in lo + 1..=hi, and `before` is the weight of c[..lo], all larger than the rest.
-    let (mut lo, mut hi, mut before) = (0, c.len(), 0.0);
+/// Drops all but the fewest of the largest candidates whose sizes reach `mass`; all stay if together they don't.
+///
+/// Sizes are summed by bins of the distance to the largest logit, which tells the bin of the cut; only that bin's
+/// candidates (in `mixed`) are compared with each other.
+fn keep_largest(
+    kept: &mut Vec<Candidate>,
+    mixed: &mut Vec<Candidate>,
+    lse: &LogSumExp,
+    size: impl Fn(&Candidate) -> f64,
+    mass: f64,
+) {
+    const BINS: usize = 1024;
+    /// Bins for a factor of e in weight; all of them go down to e^-32.
+    const PER_NAT: f32 = 32.0;
+    // Rounding keeps the order: a larger logit is in no later bin.
+    let bin = |c: &Candidate| (((lse.max - c.x) * lse.inv_t * PER_NAT) as usize).min(BINS - 1);
+    let mut sums = [0.0f64; BINS];
+    kept.iter().for_each(|c| sums[bin(c)] += size(c));
+    let (mut before, mut cut) = (0.0, 0);
+    while cut < BINS && before + sums[cut] < mass {
+        before += sums[cut];
+        cut += 1;
+    }
+    mixed.clear();
+    mixed.extend(kept.iter().filter(|c| bin(c) == cut));
+    // The answer is in lo + 1..=hi, and `before` is the size of all that are larger than mixed[lo..].
+    let (mut lo, mut hi) = (0, mixed.len());
     while hi - lo > 1 {
         let half = (hi - lo) / 2;
-        c[lo..hi].select_nth_unstable_by(half, descending);
-        let upper: f64 = c[lo..lo + half].iter().map(|c| c.weight as f64).sum();
+        mixed[lo..hi].select_nth_unstable_by(half, descending);
+        let upper: f64 = mixed[lo..lo + half].iter().map(&size).sum();
         if before + upper >= mass {
             hi = lo + half;
         } else {
@@ -275,7 +300,21 @@ fn nucleus(c: &mut [Candidate], mass: f64) -> usize {
             lo += half;
         }
     }
-    hi
+    if let Some(last) = mixed.get(lo) {
+        keep_down_to(last, kept);
+    }
+}
+
+/// Drops what comes after `last` in [`descending`] order.
+fn keep_down_to(last: &Candidate, kept: &mut Vec<Candidate>) {
+    // Every candidate moves to the next free place, and keeps it if it stays: there is no branch to guess.
+    let mut n = 0;
+    for i in 0..kept.len() {
+        let c = kept[i];
+        kept[n] = c;
+        n += usize::from((c.x > last.x) | ((c.x == last.x) & (c.id <= last.id)));
+    }
+    kept.truncate(n);
 }
 
 /// A number in [0, 1) of 53 bits that depends on these three alone.
@@ -441,6 +480,56 @@ mod tests {
                 let got: Vec<usize> = scratch.kept.iter().map(|c| c.id as usize).collect();
                 assert_eq!(got, want, "vocabulary {v}, top_k {top_k}, top_p {top_p}, min_p {min_p}");
             }
+        }
+    }
+
+    /// What is kept by the definition: all candidates sorted, and cut where the sums of their weights say.
+    fn kept_of_all(row: &[f32], forbidden: &[u32], how: &How, lse: &LogSumExp) -> Vec<u32> {
+        let mut tops = vec![0.0; forbidden.len()];
+        group_maxima(row, forbidden, &mut tops);
+        let mut kept = vec![];
+        collect(row, forbidden, lse, &tops, f32::MIN, &mut kept);
+        kept.sort_by(descending);
+        let mut whole = (lse.log_sum as f64).exp();
+        if (1..row.len()).contains(&how.top_k) {
+            kept.truncate(how.top_k);
+            whole = kept.iter().map(|c| c.weight as f64).sum();
+        }
+        if how.top_p < 1.0 {
+            let mut before = 0.0;
+            let reached = kept.iter().position(|c| {
+                before += c.weight as f64;
+                before >= how.top_p as f64 * whole
+            });
+            kept.truncate(reached.map_or(kept.len(), |i| i + 1));
+        }
+        let last = kept.iter().rposition(|c| c.weight >= how.min_p).unwrap();
+        kept.truncate(last + 1);
+        let mut ids: Vec<u32> = kept.iter().map(|c| c.id).collect();
+        ids.sort();
+        ids
+    }
+
+    #[test]
+    fn truncation_keeps_what_the_definition_keeps() {
+        let mut scratch = Scratch::default();
+        for i in 0..400 {
+            let r = noise(5, 1000 + i);
+            let v = 1 + ((r[0] + 1.0) * 1500.0) as usize;
+            let spread = (r[1] * 4.0).exp() * 3.0;
+            let row: Vec<f32> = noise(v, i).iter().map(|x| x * spread - 40.0).collect();
+            let forbidden = set(v, (0..v).filter(|id| id % 5 == 1));
+            let how = How {
+                temperature: [0.6, 1.0, 1.5][i as usize % 3],
+                top_k: [0, 0, 3, 300, v + 1][i as usize % 5],
+                top_p: (r[2] + 1.0) / 2.0,
+                min_p: [0.0, 0.0, 1e-3][i as usize % 3],
+                u: 0.0,
+            };
+            let lse = log_sum_exp(&row, how.temperature, &forbidden);
+            truncate(&row, &forbidden, &how, &lse, &mut scratch);
+            let got: Vec<u32> = scratch.kept.iter().map(|c| c.id).collect();
+            assert_eq!(got, kept_of_all(&row, &forbidden, &how, &lse), "case {i}");
         }
     }
 

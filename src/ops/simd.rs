@@ -2,28 +2,91 @@
 //! sums in a fixed order.
 //!
 //! A body is written once over scalars and arrays of [`LANES`], generic over `const FMA: bool`, and [`multiversion!`]
-//! compiles it again with AVX2 and FMA switched on; the compiler turns its loops into vector code. Every element, in the
-//! body of a loop or in its tail, goes through the same arithmetic, so results don't depend on where a slice is cut.
+//! compiles it again with AVX-512, and with AVX2 and FMA; the compiler turns its loops into vector code. Every element, in
+//! the body of a loop or in its tail, goes through the same arithmetic, so results don't depend on where a slice is cut nor
+//! on the width of a register.
 
-/// Width of the arrays that loops are written over: two AVX2 registers.
+/// Width of the arrays that loops are written over: two AVX2 registers, one of AVX-512.
 pub(crate) const LANES: usize = 16;
+
+/// What to compute with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Isa {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+impl Isa {
+    /// The best that this machine has. The standard library caches the detection.
+    #[inline]
+    pub fn detect() -> Isa {
+        #[cfg(test)]
+        if let Some(isa) = super::testing::ISA.get() {
+            return isa;
+        }
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") {
+                return Isa::Avx512;
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                return Isa::Avx2;
+            }
+        }
+        Isa::Portable
+    }
+
+    /// All that this machine has, for tests that compare them.
+    #[cfg(test)]
+    pub fn available() -> Vec<Isa> {
+        let mut all = vec![Isa::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                all.push(Isa::Avx2);
+            }
+            if is_x86_feature_detected!("avx512f") {
+                all.push(Isa::Avx512);
+            }
+        }
+        all
+    }
+}
 
 /// Declares `$name`, which runs `$generic::<FMA>` compiled for the best instruction set that this machine has.
 /// `$generic` is an `#[inline(always)]` function with a `const FMA: bool` parameter.
 macro_rules! multiversion {
     ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $generic:ident) => {
+        $crate::ops::simd::multiversion!(
+            $(#[$meta])* $vis fn $name($($arg: $ty),*) $(-> $ret)? = $generic, "avx512f"
+        );
+    };
+    // With the features that are used where there is AVX-512.
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $generic:ident,
+        $widest:literal) => {
         $(#[$meta])*
         #[inline]
         $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
+                use $crate::ops::simd::Isa;
+                #[target_feature(enable = $widest)]
+                fn widest($($arg: $ty),*) $(-> $ret)? {
+                    $generic::<true>($($arg),*)
+                }
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2($($arg: $ty),*) $(-> $ret)? {
                     $generic::<true>($($arg),*)
                 }
-                if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+                match Isa::detect() {
                     // SAFETY: the features are there.
-                    return unsafe { avx2($($arg),*) };
+                    Isa::Avx512 => return unsafe { widest($($arg),*) },
+                    // SAFETY: as above.
+                    Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    Isa::Portable => {}
                 }
             }
             $generic::<{ cfg!(target_arch = "aarch64") }>($($arg),*)
@@ -92,10 +155,10 @@ pub(crate) fn erf<const FMA: bool>(x: f32) -> f32 {
     if x.is_nan() { x } else { y }
 }
 
-/// The sum of the lanes, by halves: an order that depends on nothing.
+/// The sum of the lanes, a power of two of them, by halves: an order that depends on nothing.
 #[inline(always)]
-pub(crate) fn sum_lanes(mut v: [f32; LANES]) -> f32 {
-    let mut n = LANES / 2;
+pub(crate) fn sum_lanes<const N: usize>(mut v: [f32; N]) -> f32 {
+    let mut n = N / 2;
     while n > 0 {
         for i in 0..n {
             v[i] += v[i + n];

@@ -4,7 +4,7 @@
 //! `logp(id) = (x[id] - max) / T - ln(sum over allowed ids of exp((x - max) / T))`. The sum goes over blocks of 1024
 //! ids: 32 f32 lanes ascending within a block, the blocks ascending in f64.
 
-use super::simd::{exp, madd, multiversion};
+use super::simd::{exp, madd, multiversion, sum_lanes};
 
 /// Ids per partial sum.
 pub(super) const BLOCK: usize = 1024;
@@ -42,6 +42,16 @@ pub fn scoring_temperature(t: f32) -> f32 {
 /// Words of a forbidden set over `v` ids: bit `id % 32` of word `id / 32` is set if the id can't be sampled.
 pub fn forbidden_words(v: usize) -> usize {
     v.div_ceil(GROUP)
+}
+
+/// The set of `ids` over `v` ids, in the words that [`forbidden_words`] describes. Panics if an id is not below `v`.
+pub fn forbidden_set(v: usize, ids: &[u32]) -> Vec<u32> {
+    let mut words = vec![0; forbidden_words(v)];
+    for &id in ids {
+        assert!((id as usize) < v, "id {id} of a vocabulary of {v}");
+        words[id as usize / GROUP] |= 1 << (id as usize % GROUP);
+    }
+    words
 }
 
 /// Whether `id` is in the set.
@@ -106,18 +116,8 @@ pub(super) fn allowed(row: &[f32], words: &[u32], g: usize) -> [f32; GROUP] {
     v
 }
 
-/// The sum of the lanes, by halves.
-#[inline(always)]
-fn fold(mut v: [f32; GROUP]) -> f32 {
-    let mut n = GROUP / 2;
-    while n > 0 {
-        for i in 0..n {
-            v[i] += v[i + n];
-        }
-        n /= 2;
-    }
-    v[0]
-}
+// Groups go through memory, where registers of AVX-512 were slower (sampling with a temperature by a third): the bodies
+// here use AVX2 at most.
 
 /// The largest allowed logit; NaN is passed over (it shows in the sum).
 #[inline(always)]
@@ -131,7 +131,7 @@ fn largest_body<const FMA: bool>(row: &[f32], forbidden: &[u32]) -> f32 {
     }
     acc.into_iter().fold(f32::NEG_INFINITY, f32::max)
 }
-multiversion!(fn largest(row: &[f32], forbidden: &[u32]) -> f32 = largest_body);
+multiversion!(fn largest(row: &[f32], forbidden: &[u32]) -> f32 = largest_body, "avx2,fma");
 
 #[inline(always)]
 fn group_maxima_body<const FMA: bool>(row: &[f32], forbidden: &[u32], tops: &mut [f32]) {
@@ -149,7 +149,7 @@ fn group_maxima_body<const FMA: bool>(row: &[f32], forbidden: &[u32], tops: &mut
 }
 multiversion!(
     /// The largest allowed logit of each group; there is no NaN in the row.
-    pub(super) fn group_maxima(row: &[f32], forbidden: &[u32], tops: &mut [f32]) = group_maxima_body
+    pub(super) fn group_maxima(row: &[f32], forbidden: &[u32], tops: &mut [f32]) = group_maxima_body, "avx2,fma"
 );
 
 #[inline(always)]
@@ -161,9 +161,9 @@ fn block_sum_body<const FMA: bool>(x: &[f32], words: &[u32], max: f32, inv_t: f3
             acc[i] += exp::<FMA>((v[i] - max) * inv_t);
         }
     }
-    fold(acc)
+    sum_lanes(acc)
 }
-multiversion!(fn block_sum(x: &[f32], words: &[u32], max: f32, inv_t: f32) -> f32 = block_sum_body);
+multiversion!(fn block_sum(x: &[f32], words: &[u32], max: f32, inv_t: f32) -> f32 = block_sum_body, "avx2,fma");
 
 /// `sum of z exp(z)`, z = (x - max) / T.
 #[inline(always)]
@@ -178,9 +178,9 @@ fn block_moment_body<const FMA: bool>(x: &[f32], words: &[u32], max: f32, inv_t:
             acc[i] = madd::<FMA>(exp::<FMA>(z), bounded, acc[i]);
         }
     }
-    fold(acc)
+    sum_lanes(acc)
 }
-multiversion!(fn block_moment(x: &[f32], words: &[u32], max: f32, inv_t: f32) -> f32 = block_moment_body);
+multiversion!(fn block_moment(x: &[f32], words: &[u32], max: f32, inv_t: f32) -> f32 = block_moment_body, "avx2,fma");
 
 #[inline(always)]
 fn weights_body<const FMA: bool>(x: &[f32], words: &[u32], max: f32, inv_t: f32, out: &mut [f32; BLOCK]) {
@@ -194,12 +194,12 @@ fn weights_body<const FMA: bool>(x: &[f32], words: &[u32], max: f32, inv_t: f32,
 }
 multiversion!(
     /// Writes `exp((x - max) / T)` of one block; zero for forbidden ids.
-    pub(super) fn weights(x: &[f32], words: &[u32], max: f32, inv_t: f32, out: &mut [f32; BLOCK]) = weights_body
+    pub(super) fn weights(x: &[f32], words: &[u32], max: f32, inv_t: f32, out: &mut [f32; BLOCK]) = weights_body, "avx2,fma"
 );
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::noise;
+    use super::super::testing::{noise, same_on_every_isa};
     use super::*;
 
     #[test]
@@ -207,8 +207,9 @@ mod tests {
         for v in [1, 31, 32, 33, 1000, 1024, 5003] {
             for t in [0.3f32, 1.0, 2.5] {
                 let row: Vec<f32> = noise(v, 7).iter().map(|x| x * 20.0 + 300.0).collect();
-                let mut forbidden = vec![0u32; forbidden_words(v)];
-                (0..v).filter(|i| i % 7 == 3).for_each(|i| forbidden[i / 32] |= 1 << (i % 32));
+                let ids: Vec<u32> = (0..v as u32).filter(|i| i % 7 == 3).collect();
+                let forbidden = forbidden_set(v, &ids);
+                assert!((0..v).all(|i| is_forbidden(&forbidden, i) == (i % 7 == 3)));
                 let got = log_sum_exp(&row, t, &forbidden);
                 let allowed = || (0..v).filter(|&i| !is_forbidden(&forbidden, i)).map(|i| row[i] as f64 / t as f64);
                 let top = allowed().fold(f64::MIN, f64::max);
@@ -236,6 +237,22 @@ mod tests {
             assert!(log_sum_exp(&row, 1.0, &[0, 1 << 3]).log_sum.is_finite(), "a forbidden id is not looked at");
         }
         assert!(!log_sum_exp(&[f32::NEG_INFINITY; 40], 1.0, &[0, 0]).log_sum.is_finite());
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let v = 5003;
+        let row: Vec<f32> = noise(v, 7).iter().map(|x| x * 20.0).collect();
+        let forbidden: Vec<u32> = noise(forbidden_words(v), 8).iter().map(|x| x.to_bits()).collect();
+        same_on_every_isa(|_| {
+            let mut results = vec![];
+            let lse = log_sum_exp_blocks(&row, 0.7, &forbidden, |sum| results.push(sum));
+            let (mut tops, mut w) = (vec![0.0; forbidden.len()], [0.0; BLOCK]);
+            group_maxima(&row, &forbidden, &mut tops);
+            weights(&row[..BLOCK], &forbidden[..BLOCK / GROUP], lse.max, lse.inv_t, &mut w);
+            results.extend([lse.max, lse.log_sum, entropy(&row, &forbidden, &lse)]);
+            [results, tops, w.to_vec()].concat()
+        });
     }
 
     #[test]

@@ -98,7 +98,7 @@ multiversion!(fn gate_row_backward(x: *const f32, dh: &[f32], dx: *mut f32) = ga
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{close, devices, noise};
+    use super::super::testing::{close, devices, noise, same_on_every_isa};
     use super::*;
     use crate::device::DType;
 
@@ -134,5 +134,18 @@ mod tests {
                 assert_eq!(s.read::<f32>(&xb).wait().unwrap(), got.1, "in place");
             }
         }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let (m, i) = (7, 1003);
+        let x: Vec<f32> = noise(m * 2 * i, 1).iter().map(|x| x * 20.0).collect();
+        same_on_every_isa(|d| {
+            let (s, x, dh) = (d.stream(), d.upload(&x), d.upload(&noise(m * i, 2)));
+            let (h, dx) = (d.alloc(DType::F32, m * i), d.alloc(DType::F32, m * 2 * i));
+            forward(&s, &x, &h, m, i);
+            backward(&s, &x, &dh, &dx, m, i);
+            [h, dx].map(|b| s.read::<f32>(&b).wait().unwrap()).concat()
+        });
     }
 }

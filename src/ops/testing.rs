@@ -1,6 +1,27 @@
 //! What the ops' tests share.
 
+use super::simd::Isa;
 use crate::device::Device;
+use std::cell::Cell;
+
+thread_local! {
+    /// What this thread computes with instead of the best.
+    pub(crate) static ISA: Cell<Option<Isa>> = const { Cell::new(None) };
+}
+
+/// Asserts that `run` gives the same bits with every instruction set that fuses, on a device of this thread alone.
+#[track_caller]
+pub(crate) fn same_on_every_isa(run: impl Fn(&Device) -> Vec<f32>) {
+    let device = Device::cpu(1);
+    let results = Isa::available().into_iter().filter(|isa| *isa != Isa::Portable).map(|isa| {
+        ISA.set(Some(isa));
+        let bits: Vec<u32> = run(&device).into_iter().map(f32::to_bits).collect();
+        ISA.set(None);
+        bits
+    });
+    let results: Vec<_> = results.collect();
+    assert!(results.windows(2).all(|w| w[0] == w[1]));
+}
 
 /// Every kind of device that a result must not depend on: one, two and three threads, and deferred.
 pub(crate) fn devices() -> [Device; 4] {

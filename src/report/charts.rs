@@ -258,7 +258,11 @@ fn tick_label(t: f64, step: f64, unit: Unit) -> String {
     let decimals = (-step.log10().floor()).clamp(0.0, 12.0) as usize;
     match t.abs() {
         _ if decimals > 4 && t.abs() < step / 2.0 => format!("0{sign}"),
-        a if decimals > 4 || a >= 1e6 => format!("{t:.0e}{sign}"),
+        a if decimals > 4 || a >= 1e6 => {
+            // As many digits as tell one tick from the next.
+            let digits = (a.log10().floor() - step.log10().floor()).clamp(0.0, 12.0) as usize;
+            format!("{t:.digits$e}{sign}")
+        }
         a if a >= 1e4 => format!("{}k{sign}", round_to(t / 1e3, 3)),
         _ => format!("{t:.decimals$}{sign}"),
     }
@@ -308,6 +312,12 @@ mod tests {
         assert_eq!(ticks(0.0, 1.0, 4), [0.0, 0.5, 1.0]);
         assert_eq!(ticks(3.0, 97.0, 4), [0.0, 50.0, 100.0]);
         assert_eq!(ticks(0.0, 0.0, 4)[0], 0.0);
+        let labels = |low, high| -> Vec<String> {
+            let t = ticks(low, high, 4);
+            t.iter().map(|&v| tick_label(v, t[1] - t[0], Unit::Plain)).collect()
+        };
+        assert_eq!(labels(0.0, 2e-4), ["0", "5e-5", "1.0e-4", "1.5e-4", "2.0e-4"]);
+        assert_eq!(labels(0.0, 1.0), ["0.0", "0.5", "1.0"]);
     }
 
     proptest! {

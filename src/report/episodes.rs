@@ -267,11 +267,11 @@ fn spoken(html: &mut String, s: &StepView, max: usize) -> usize {
     if !text.is_empty() {
         html.push_str("<pre>");
         let mut at = 0;
-        let tokens = s.tokens.iter().map(|t| (t.text.len(), Some(t)));
-        let one = [(text.len(), None)];
-        let pieces: &mut dyn Iterator<Item = (usize, Option<&TokenView>)> =
-            if s.tokens.is_empty() { &mut one.into_iter() } else { &mut tokens.into_iter() };
-        for (len, token) in pieces {
+        // Tokens that share a character are one piece.
+        let together = s.tokens.chunk_by(|_, next| next.text.is_empty());
+        let pieces = together.map(|tokens| (tokens.iter().map(|t| t.text.len()).sum(), tokens));
+        let plain = s.tokens.is_empty().then_some((text.len(), &[][..]));
+        for (len, tokens) in pieces.chain(plain) {
             let end = (at + len).min(text.len());
             // A token may straddle the program's ends.
             let mut cuts = vec![at];
@@ -281,7 +281,7 @@ fn spoken(html: &mut String, s: &StepView, max: usize) -> usize {
                 if span.is_some_and(|(a, _)| a == w[0]) {
                     html.push_str("<code>");
                 }
-                piece(html, &text[w[0]..w[1]], token);
+                piece(html, &text[w[0]..w[1]], tokens);
                 if span.is_some_and(|(_, b)| b == w[1]) {
                     html.push_str("</code>");
                 }
@@ -297,10 +297,12 @@ fn spoken(html: &mut String, s: &StepView, max: usize) -> usize {
     left
 }
 
-fn piece(html: &mut String, text: &str, token: Option<&TokenView>) {
-    let _ = match token.map(|t| (surprise(t.logp), t.logp)) {
-        Some((level @ 1.., logp)) => {
-            write!(html, "<span class=\"t{level}\" title=\"log p {logp:.2}\">{}</span>", Escaped(text))
+/// Text in the colour of the rarest of its tokens, with the figure of each.
+fn piece(html: &mut String, text: &str, tokens: &[TokenView]) {
+    let _ = match tokens.iter().map(|t| surprise(t.logp)).max() {
+        Some(level @ 1..) => {
+            let logp: Vec<String> = tokens.iter().map(|t| format!("{:.2}", t.logp)).collect();
+            write!(html, "<span class=\"t{level}\" title=\"log p {}\">{}</span>", logp.join(", "), Escaped(text))
         }
         _ => write!(html, "{}", Escaped(text)),
     };
@@ -372,6 +374,15 @@ mod tests {
         html.clear();
         assert_eq!(spoken(&mut html, &step(&["ab", "cd"], "xyz"), 3), 1);
         assert_eq!(html, "<pre>abc</pre><pre><code>xyz</code></pre>");
+    }
+
+    #[test]
+    fn tokens_that_share_a_character_are_shown_together_with_each_ones_figure() {
+        let tokens = [("a", -0.01), ("😀!", -0.1), ("", -2.0), ("", -0.02), ("b", -0.01)];
+        let tokens = tokens.map(|(text, logp)| TokenView { text: text.into(), logp }).to_vec();
+        let mut html = String::new();
+        spoken(&mut html, &StepView { tokens, ..Default::default() }, 100);
+        assert_eq!(html, "<pre>a<span class=\"t3\" title=\"log p -0.10, -2.00, -0.02\">😀!</span>b</pre>");
     }
 
     #[test]

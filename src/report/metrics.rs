@@ -1,4 +1,5 @@
 use super::EventWriter;
+use crate::model::write_atomically;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::fs::{File, OpenOptions};
@@ -40,9 +41,7 @@ impl MetricsLog {
         let path = run_dir.join("metrics.jsonl");
         let kept: Vec<Record> = read_metrics(run_dir)?.into_iter().filter(|r| r.step <= step).collect();
         let text: String = kept.iter().map(line).collect();
-        let tmp = run_dir.join(".metrics.jsonl.tmp");
-        std::fs::write(&tmp, text).map_err(|e| Error::io("write", &tmp, e))?;
-        std::fs::rename(&tmp, &path).map_err(|e| Error::io("replace", &path, e))?;
+        write_atomically(&path, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io("write", &path, e)))?;
         let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::io("open", &path, e))?;
         let tensorboard = match tensorboard {
             true => Some(EventWriter::create(&run_dir.join("tensorboard"), step)?),

@@ -108,7 +108,8 @@ pub struct StepView {
 /// A sampled token.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenView {
-    /// Its text; bytes that are no whole character are replaced.
+    /// Its text. Empty where its bytes belong to a character that began in a token before it, which then has the text of
+    /// both; bytes that are no character at all are replaced.
     #[serde(rename = "t")]
     pub text: String,
     /// Its log-probability when it was sampled (natural logarithm).

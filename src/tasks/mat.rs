@@ -1,13 +1,13 @@
 //! MAT-Coding's row format (`MAT-Benchmark/MAT-Coding.json` of the published data): a JSON list of rows, images beside it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use image::RgbImage;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::{Degradation, Example, Split};
+use super::{Degradation, Example, Split, read_image};
 use crate::{Error, Result};
 
 /// One row.
@@ -95,21 +95,13 @@ impl Row {
             answers: self.answers.clone(),
             kinds: self.kinds.clone(),
             split: self.split,
-            original: Arc::new(self.decode(folder.join(&self.ori_image_path))?),
-            processed: Arc::new(self.decode(folder.join(&self.processed_image_path))?),
+            original: Arc::new(self.image(folder, &self.ori_image_path)?),
+            processed: Arc::new(self.image(folder, &self.processed_image_path)?),
         })
     }
 
-    fn decode(&self, path: PathBuf) -> Result<RgbImage> {
-        let action = format!("read (an image of the row with id {})", self.id);
-        let bytes = std::fs::read(&path).map_err(|e| Error::io(action, &path, e))?;
-        let image = image::load_from_memory(&bytes).map_err(|e| {
-            Error::input(
-                format!("{}: cannot be decoded as an image (row with id {}): {e}", path.display(), self.id),
-                "the file must be a whole PNG, JPEG or WebP",
-            )
-        })?;
-        Ok(image.to_rgb8())
+    fn image(&self, folder: &Path, name: &str) -> Result<RgbImage> {
+        read_image(&folder.join(name), &format!("an image of the row with id {}", self.id))
     }
 }
 

@@ -13,10 +13,14 @@ pub mod synthetic;
 
 pub use examples::{Examples, MatExamples, SyntheticExamples};
 
+use std::path::Path;
 use std::sync::Arc;
 
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
+
+use crate::input::{Picture, PictureLimits, decode_picture};
+use crate::{Error, Result};
 
 /// What was done to an image, by the names that MAT-Coding (arXiv 2505.14246, section 3) gives and that the protocol's
 /// `<problem>` step uses.
@@ -95,6 +99,15 @@ impl Split {
     pub fn of(kinds: &[Degradation]) -> Self {
         if kinds.len() > 1 || kinds.contains(&Degradation::Crop) { Split::Hard } else { Split::Simple }
     }
+}
+
+/// Reads an image file by the rules for what the model is shown; `what` it is stands in errors beside its path.
+fn read_image(path: &Path, what: &str) -> Result<RgbImage> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io(format!("read ({what})"), path, e))?;
+    let name = format!("{} ({what})", path.display());
+    let Picture { pixels, height, width } = decode_picture(&bytes, &name, &PictureLimits::default())?;
+    RgbImage::from_raw(width as u32, height as u32, pixels)
+        .ok_or_else(|| Error::internal(format!("{name}: {width}x{height} pixels of another size")))
 }
 
 /// One question about one image, decoded and in memory.

@@ -67,18 +67,25 @@ fn is_article(word: &str) -> bool {
 /// Scores as the published evaluation notebooks do (Visual-ARFT, `evaluation_coding/evaluation.ipynb`), oddities included, so that
 /// published figures can be compared. `None` is an episode that never answered.
 pub fn reference(answer: Option<&str>, golds: &[impl AsRef<str>]) -> Score {
-    let Some(answer) = answer else { return Score::default() };
-    let answer = normalize_reference(answer);
-    let mut best = Score::default();
-    for gold in golds {
-        let gold = normalize_reference(gold.as_ref());
-        best.f1 = best.f1.max(set_f1(&answer, &gold));
-        best.em = best.em.max(f64::from(u8::from(answer == gold)));
-    }
+    let mut best = best(answer, golds, normalize_reference, |a, gold| (set_f1(a, gold), a == gold));
     if best.em == 1.0 {
         best.f1 = 1.0;
     }
     best
+}
+
+/// The best of each figure over all right answers; `compare` gives both figures of two texts in the form that `normalize` gives.
+fn best<T>(
+    answer: Option<&str>,
+    golds: &[impl AsRef<str>],
+    normalize: impl Fn(&str) -> T,
+    compare: impl Fn(&T, &T) -> (f64, bool),
+) -> Score {
+    let Some(answer) = answer.map(&normalize) else { return Score::default() };
+    golds.iter().fold(Score::default(), |best, gold| {
+        let (f1, equal) = compare(&answer, &normalize(gold.as_ref()));
+        Score { f1: best.f1.max(f1), em: best.em.max(f64::from(u8::from(equal))) }
+    })
 }
 
 /// Lower case, no punctuation; then, with a Chinese character in it, no spaces, otherwise no articles and single spaces.
@@ -125,15 +132,7 @@ fn set_f1(answer: &str, gold: &str) -> f64 {
 /// Scores as SQuAD's evaluation does (Rajpurkar et al. 2016: lower case, no punctuation, no articles, multiset overlap), with each
 /// Chinese character a word of its own, and articles kept where nothing else is left. `None` is an episode that never answered.
 pub fn squad(answer: Option<&str>, golds: &[impl AsRef<str>]) -> Score {
-    let Some(answer) = answer else { return Score::default() };
-    let answer = squad_words(answer);
-    let mut best = Score::default();
-    for gold in golds {
-        let gold = squad_words(gold.as_ref());
-        best.f1 = best.f1.max(multiset_f1(&answer, &gold));
-        best.em = best.em.max(f64::from(u8::from(!gold.is_empty() && answer == gold)));
-    }
-    best
+    best(answer, golds, squad_words, |a, gold| (multiset_f1(a, gold), !gold.is_empty() && a == gold))
 }
 
 fn squad_words(text: &str) -> Vec<String> {

@@ -67,14 +67,15 @@ impl ToolCall {
     }
 }
 
-/// What one call may use up. All but `wall` are the model's business: running into one is an [`Outcome`].
+/// What one call may use up. All but `wall` are always the model's business: running into one is an [`Outcome`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// Processor time, exact to a few milliseconds.
     pub cpu: Duration,
-    /// Time by the clock from the start of the call's process. It is only there to notice that the machinery hangs, so
-    /// it is generous: reaching it is [`Error::Tool`](crate::Error::Tool), since a busy machine must not cost reward.
+    /// Time by the clock from when the call is handed to its process, which runs by then. It is there to notice that the machinery hangs, so it is
+    /// generous: reaching it is [`Error::Tool`](crate::Error::Tool), since a busy machine must not cost reward. Only
+    /// code that is at rest by its own doing then (it sleeps, or waits for what never comes) has failed.
     pub wall: Duration,
     /// Bytes of address space beyond those of the warm process.
     pub memory: u64,

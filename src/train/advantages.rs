@@ -36,15 +36,16 @@ pub fn group_advantages(rewards: &[f64], scale: AdvantageScale) -> Advantages {
 
 /// The weight of each trained token of each completion, so that the loss of a batch is the weighted sum over its tokens.
 ///
-/// `lengths` are the trained tokens of every completion that belongs to the update, however it is cut into
-/// micro-batches; a completion left out of the loss has length 0 and counts as a completion all the same.
-/// `max_length` is the constant of [`LossKind::DrGrpo`]: tokens that a completion may have.
+/// `lengths` are the trained tokens of every completion in the update, however it is cut into micro-batches. `left_out`:
+/// completions that are not in the loss and count as completions all the same; where a batch is split over several updates,
+/// each one's share of them, which need not be whole. `max_length` is the constant of [`LossKind::DrGrpo`]: tokens that a
+/// completion may have.
 ///
 /// * [`LossKind::Grpo`]: 1 / (completions x its own length)
 /// * [`LossKind::Dapo`]: 1 / (all tokens)
 /// * [`LossKind::DrGrpo`]: 1 / (completions x `max_length`)
-pub fn token_weights(kind: LossKind, lengths: &[usize], max_length: usize) -> Vec<f32> {
-    let n = lengths.len() as f64;
+pub fn token_weights(kind: LossKind, lengths: &[usize], left_out: f64, max_length: usize) -> Vec<f32> {
+    let n = lengths.len() as f64 + left_out;
     let all = lengths.iter().sum::<usize>().max(1) as f64;
     let weight = |&length: &usize| match (kind, length) {
         (_, 0) => 0.0,
@@ -83,16 +84,16 @@ mod tests {
 
     #[test]
     fn weights_give_the_means_they_stand_for() {
-        let lengths = [12, 9, 0, 7];
+        let lengths = [12, 9, 7];
         let total = |kind| {
-            let w = token_weights(kind, &lengths, 20);
+            let w = token_weights(kind, &lengths, 1.0, 20);
             w.iter().zip(&lengths).map(|(&w, &l)| f64::from(w) * l as f64).collect::<Vec<_>>()
         };
-        let close = |a: Vec<f64>, b: [f64; 4]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-7);
-        assert!(close(total(LossKind::Grpo), [0.25, 0.25, 0.0, 0.25]));
-        assert!(close(total(LossKind::Dapo), [12.0 / 28.0, 9.0 / 28.0, 0.0, 0.25]));
-        assert!(close(total(LossKind::DrGrpo), [0.15, 0.1125, 0.0, 0.0875]));
-        assert!(token_weights(LossKind::Dapo, &[0, 0], 0).iter().all(|&w| w == 0.0));
+        let close = |a: Vec<f64>, b: [f64; 3]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-7);
+        assert!(close(total(LossKind::Grpo), [0.25, 0.25, 0.25]));
+        assert!(close(total(LossKind::Dapo), [12.0 / 28.0, 9.0 / 28.0, 0.25]));
+        assert!(close(total(LossKind::DrGrpo), [0.15, 0.1125, 0.0875]));
+        assert!(token_weights(LossKind::Dapo, &[0, 0], 0.0, 0).iter().all(|&w| w == 0.0));
     }
 
     proptest! {

@@ -23,8 +23,6 @@ pub struct TrainState {
     pub step: u64,
     /// Updates that the optimizer has taken; fewer than asked for if some were skipped.
     pub updates: u64,
-    /// Decides all that is random.
-    pub seed: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -196,7 +194,7 @@ mod tests {
     use std::io::Write;
 
     fn state(step: u64) -> TrainState {
-        TrainState { kind: "train".into(), step, updates: step, seed: 7 }
+        TrainState { kind: "train".into(), step, updates: step }
     }
 
     fn save(c: &Checkpoints, step: u64) -> Result<PathBuf> {

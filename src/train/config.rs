@@ -230,6 +230,16 @@ pub enum LossKind {
     DrGrpo,
 }
 
+impl LossKind {
+    /// What its paper does with rewards: what a run file means that gives no `algo.scale`.
+    pub(super) fn scale(self) -> AdvantageScale {
+        match self {
+            LossKind::Grpo | LossKind::Dapo => AdvantageScale::Group,
+            LossKind::DrGrpo => AdvantageScale::None,
+        }
+    }
+}
+
 /// How rewards become advantages within a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -245,7 +255,8 @@ section! {
     Algo {
         /// `grpo`, `dapo` or `dr_grpo`.
         loss: LossKind = LossKind::Dapo,
-        /// `group` divides by the group's standard deviation, `none` does not.
+        /// `group` divides by the group's standard deviation, `none` does not. Not given: `none` for `dr_grpo`, `group` for
+        /// the others.
         scale: AdvantageScale = AdvantageScale::Group,
         /// The ratio of new to old probability is clipped below at 1 - clip_low.
         clip_low: f64 = 0.2,
@@ -253,7 +264,8 @@ section! {
         clip_high: f64 = 0.28,
         /// Weight of the KL divergence to the model that the run began with; 0 holds no such model in memory.
         beta: f64 = 0.0,
-        /// Leaves out groups whose rewards are all the same: they say nothing.
+        /// Leaves out groups whose rewards are all the same: they say nothing. Not where `beta` is not 0: the divergence
+        /// still says something then.
         drop_zero_variance: bool = true,
         /// Leaves episodes that were cut short out of the loss: they show no end to learn from.
         mask_truncated: bool = true,
@@ -377,6 +389,29 @@ impl RunConfig {
                 format!("correct `{key}` in the run file or on the command line"),
             )),
             None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scale_of_advantages_follows_the_loss_unless_it_is_given() {
+        for (keys, want) in [
+            (&[][..], AdvantageScale::Group),
+            (&["algo.loss=grpo"], AdvantageScale::Group),
+            (&["algo.loss=dr_grpo"], AdvantageScale::None),
+            (&["algo.scale=group", "algo.loss=dr_grpo"], AdvantageScale::Group),
+            (&["algo.scale=none"], AdvantageScale::None),
+        ] {
+            let keys: Vec<String> = keys.iter().map(|k| k.to_string()).collect();
+            let config = RunConfig::read(None, &keys).unwrap();
+            assert_eq!(config.algo.scale, want, "{keys:?}");
+            // Whoever reads the written file need not know the rule.
+            let written = config.to_toml().unwrap();
+            assert!(written.contains(&format!("scale = \"{want:?}\"").to_lowercase()), "{written}");
         }
     }
 }

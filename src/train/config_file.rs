@@ -67,6 +67,9 @@ impl RunConfig {
             set(&mut table, key, value);
             config = from_table(&table, &format!("the override `{text}`"))?;
         }
+        if leaf(&table, "algo.scale").is_none() {
+            config.algo.scale = config.algo.loss.scale();
+        }
         config.check()?;
         Ok(config)
     }

@@ -2,7 +2,7 @@
 
 use super::advantages::{group_advantages, token_weights};
 use super::batch::{MicroBatch, Sample, micro_batches};
-use super::config::{AdvantageScale, RunConfig};
+use super::config::RunConfig;
 use super::learner::{Goal, Learner, TokenStats, logprobs};
 use super::order::item_at;
 use super::run::{Keeper, Setup, episode_metrics, views};
@@ -19,9 +19,9 @@ use std::time::Instant;
 pub enum Finished {
     /// After its last step.
     Complete,
-    /// Earlier, because it was asked to stop; what was done is saved, and the run can be resumed.
+    /// Earlier, because it was asked to stop; the steps that were complete are saved, and the run can be resumed.
     Stopped {
-        /// Completed steps.
+        /// Completed steps; where there are none, nothing is saved.
         at: u64,
     },
 }
@@ -30,11 +30,14 @@ pub enum Finished {
 /// run's folder. `reference`: the model that `algo.beta` ties the policy to; not needed at beta = 0.
 ///
 /// The episodes and updates of a step depend on the weights before it, the run file and the number of the step alone: a run
-/// that is killed and resumed takes the same path, bit for bit.
+/// that is killed and resumed takes the same path, bit for bit. That holds for the model's programs too as long as what they
+/// show depends on their images, random generators and files: one that shows the time, a process id or the path of its working
+/// folder shows something else each time.
 ///
 /// # Errors
-/// [`Error::Input`] where `algo.beta` is not 0 and there is no reference; whatever fails later, and the run's folder is whole
-/// then.
+/// [`Error::Input`] where `algo.beta` is not 0 and there is no reference. Whatever fails later; the run's folder is whole then,
+/// and the last complete step is saved, if that can be done and its weights are still there (they are not where an update
+/// failed after another of its step).
 pub fn train(
     config: &RunConfig,
     setup: &Setup,
@@ -60,7 +63,10 @@ pub fn train(
             keeper.save(trainer.learner)?;
             Ok(Finished::Stopped { at: keeper.step() })
         }
-        Err(e) => Err(e),
+        Err(e) => {
+            keeper.save_after_failure(trainer.learner);
+            Err(e)
+        }
     }
 }
 
@@ -98,10 +104,11 @@ impl Trainer<'_> {
                 return Ok(());
             }
             self.step(step, keeper)?;
-            keeper.completed(self.learner)?;
+            keeper.save_if_due(self.learner)?;
         }
     }
 
+    /// Step `step` and what is written down about it.
     fn step(&mut self, step: u64, keeper: &mut Keeper) -> Result<()> {
         let (r, a) = (&self.config.rollout, &self.config.algo);
         let started = Instant::now();
@@ -128,8 +135,8 @@ impl Trainer<'_> {
         let mut tokens = Sums::default();
         let (mut grad_norm, mut skipped, mut mismatch) = (0.0f64, 0u64, 0.0f64);
         if !selected.groups.is_empty() {
-            let paused = self.setup.engine.pause()?;
-            let parts = self.parts(&selected);
+            let _paused = self.setup.engine.pause()?;
+            let parts = parts(self.config, &selected);
             let references = match self.reference {
                 Some(model) if a.beta != 0.0 => parts
                     .iter()
@@ -138,25 +145,19 @@ impl Trainer<'_> {
                 _ => vec![None; parts.len()],
             };
             let goal = Goal::Grpo { clip_low: a.clip_low as f32, clip_high: a.clip_high as f32, beta: a.beta as f32 };
-            let mut updates = || -> Result<()> {
-                for iteration in 0..a.iterations {
-                    for (i, (part, reference)) in parts.iter().zip(&references).enumerate() {
-                        let (stats, update) = self.learner.update(part, goal, reference.as_deref(), lr)?;
-                        if iteration == 0 && i == 0 {
-                            mismatch = largest_mismatch(part, &stats);
-                        }
-                        tokens.add(part, &stats);
-                        grad_norm = larger(grad_norm, update.grad_norm.into());
-                        skipped += u64::from(!update.applied);
+            for iteration in 0..a.iterations {
+                for (i, (part, reference)) in parts.iter().zip(&references).enumerate() {
+                    let (stats, update) = self.learner.update(part, goal, reference.as_deref(), lr)?;
+                    if iteration == 0 && i == 0 {
+                        mismatch = largest_mismatch(part, &stats);
                     }
+                    tokens.add(part, &stats);
+                    grad_norm = larger(grad_norm, update.grad_norm.into());
+                    skipped += u64::from(!update.applied);
                 }
-                Ok(())
-            };
-            let updated = updates();
-            // Also after a failure: an earlier part may have moved the weights.
-            paused.weights_changed()?;
-            updated?;
+            }
         }
+        keeper.completed(self.learner);
         let train_s = started.elapsed().as_secs_f64();
 
         let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
@@ -206,8 +207,7 @@ impl Trainer<'_> {
                 continue;
             }
             let rewards: Vec<f64> = group.iter().map(|t| t.reward.total).collect();
-            let scale = if group.len() > 1 { a.scale } else { AdvantageScale::None };
-            let advantages = group_advantages(&rewards, scale);
+            let advantages = group_advantages(&rewards, a.scale);
             selected.zero_variance += usize::from(advantages.zero_variance);
             // With a penalty for leaving the reference even a group without advantages says something.
             if advantages.zero_variance && a.drop_zero_variance && a.beta == 0.0 {
@@ -227,34 +227,34 @@ impl Trainer<'_> {
         }
         selected
     }
+}
 
-    /// The micro-batches of each update of a pass.
-    fn parts(&self, selected: &Selected) -> Vec<Vec<MicroBatch>> {
-        let (r, a) = (&self.config.rollout, &self.config.algo);
-        let per_part = selected.groups.len().div_ceil(a.minibatches).max(1);
-        let kept: usize = selected.groups.iter().map(Vec::len).sum();
-        selected
-            .groups
-            .chunks(per_part)
-            .map(|groups| {
-                let mut lengths: Vec<usize> = groups.iter().flatten().map(|(t, _)| t.sampled()).collect();
-                // This part's share of what was left out: episodes of no length.
-                lengths.resize(lengths.len() + selected.left_out * lengths.len() / kept.max(1), 0);
-                let weights = token_weights(a.loss, &lengths, r.max_turns * r.max_new_tokens);
-                let mut weights = weights.into_iter();
-                let groups: Vec<Vec<Sample>> = groups
-                    .iter()
-                    .map(|g| {
-                        g.iter()
-                            .zip(weights.by_ref())
-                            .map(|(&(trajectory, advantage), weight)| Sample { trajectory, advantage, weight })
-                            .collect()
-                    })
-                    .collect();
-                micro_batches(&groups, self.config.optim.micro_batch_tokens)
-            })
-            .collect()
-    }
+/// The micro-batches of each update of a pass: as many as asked for, or as there are groups if those are fewer, with numbers of
+/// groups that differ by one at most.
+fn parts(config: &RunConfig, selected: &Selected) -> Vec<Vec<MicroBatch>> {
+    let (r, a) = (&config.rollout, &config.algo);
+    let all = selected.groups.len();
+    let n = all.min(a.minibatches);
+    let kept: usize = selected.groups.iter().map(Vec::len).sum();
+    (0..n)
+        .map(|i| {
+            let groups = &selected.groups[i * all / n..(i + 1) * all / n];
+            let lengths: Vec<usize> = groups.iter().flatten().map(|(t, _)| t.sampled()).collect();
+            let left_out = (selected.left_out * lengths.len()) as f64 / kept as f64;
+            let weights = token_weights(a.loss, &lengths, left_out, r.max_turns * r.max_new_tokens);
+            let mut weights = weights.into_iter();
+            let groups: Vec<Vec<Sample>> = groups
+                .iter()
+                .map(|g| {
+                    g.iter()
+                        .zip(weights.by_ref())
+                        .map(|(&(trajectory, advantage), weight)| Sample { trajectory, advantage, weight })
+                        .collect()
+                })
+                .collect();
+            micro_batches(&groups, config.optim.micro_batch_tokens)
+        })
+        .collect()
 }
 
 /// The error of a step whose episodes were failed by the machinery: that is nothing to learn from.
@@ -315,4 +315,73 @@ fn peak_memory_mib() -> f64 {
         usage
     };
     usage.ru_maxrss as f64 / 1024.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::LossKind;
+    use super::*;
+    use crate::agent::{Author, Reward};
+    use crate::input::Prompt;
+
+    /// Two tokens of a prompt, then so many of the model's.
+    fn episode(tokens: usize) -> Trajectory {
+        let authors = [vec![Author::Prompt; 2], vec![Author::Policy; tokens]].concat();
+        Trajectory {
+            item: String::new(),
+            kind: String::new(),
+            question: String::new(),
+            answers: Vec::new(),
+            group: 0,
+            sample: 0,
+            sequence: Prompt::from_tokens(vec![1; authors.len()]),
+            prompt_len: 2,
+            logprobs: vec![0.0; authors.len()],
+            authors,
+            temperature: 1.0,
+            steps: Vec::new(),
+            ending: Ending::OutOfTurns,
+            reward: Reward::default(),
+        }
+    }
+
+    /// Per update: its groups, and the sum of its weights.
+    fn split(loss: LossKind, minibatches: usize, groups: &[usize], left_out: usize) -> Vec<(usize, f64)> {
+        let mut config = RunConfig::default();
+        (config.algo.loss, config.algo.minibatches) = (loss, minibatches);
+        let t = episode(4);
+        let groups = groups.iter().map(|&n| vec![(&t, 1.0); n]).collect();
+        parts(&config, &Selected { groups, zero_variance: 0, masked: 0, left_out })
+            .iter()
+            .map(|part| {
+                let weights = part.iter().flat_map(|m| m.entries.iter().map(|e| f64::from(e.weight)));
+                (part.iter().map(|m| m.groups.len()).sum(), weights.sum())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_pass_has_as_many_updates_as_were_asked_for_of_nearly_one_size() {
+        let sizes = |n: usize, groups: usize| -> Vec<usize> {
+            split(LossKind::Grpo, n, &vec![2; groups], 0).into_iter().map(|(groups, _)| groups).collect()
+        };
+        assert_eq!(sizes(8, 9), [1, 1, 1, 1, 1, 1, 1, 2]);
+        assert_eq!((sizes(4, 10), sizes(8, 3), sizes(1, 5)), (vec![2, 3, 2, 3], vec![1; 3], vec![5]));
+        assert!(sizes(2, 0).is_empty());
+    }
+
+    #[test]
+    fn what_was_left_out_is_spread_over_the_updates_in_full() {
+        // Three left out beside eight: every update's mean is over 11/8 of its episodes, however many there are.
+        for (n, groups) in [(1, vec![2, 2, 2, 2]), (4, vec![2, 2, 2, 2]), (4, vec![1, 3, 2, 2]), (3, vec![2, 2, 2, 2])]
+        {
+            for (_, weights) in split(LossKind::Grpo, n, &groups, 3) {
+                assert!((weights - 8.0 / 11.0).abs() < 1e-6, "{n} updates of {groups:?}: {weights}");
+            }
+        }
+        let r = RunConfig::default().rollout;
+        let constant = (r.max_turns * r.max_new_tokens) as f64;
+        let [(_, weights), _] = split(LossKind::DrGrpo, 2, &[1, 1], 1)[..] else { panic!("two updates") };
+        assert!((weights - 4.0 / (1.5 * constant)).abs() < 1e-9, "{weights}");
+    }
 }

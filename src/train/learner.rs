@@ -4,12 +4,12 @@ use super::Optimizer;
 use super::batch::MicroBatch;
 use super::config::Optim;
 use super::optimizer::Update;
-use crate::Result;
 use crate::device::{Buffer, DType, Device, Stream};
-use crate::model::train::{self, Activations, GradStore, MemoryPlan, TrainBatch};
-use crate::model::{Config, Model};
+use crate::model::Model;
+use crate::model::train::{self, Activations, BatchSize, GradStore, MemoryPlan, TrainBatch};
 use crate::ops::loss::{self, Kl, LossRows, Objective, Outputs};
-use crate::ops::softmax::forbidden_words;
+use crate::ops::softmax::forbidden_set;
+use crate::{Error, Result};
 use std::sync::Arc;
 
 /// Bytes of logits that exist at once: about 1,700 rows of Qwen2.5-VL's vocabulary would be one GiB.
@@ -20,7 +20,8 @@ const LOGIT_BYTES: usize = 256 << 20;
 pub enum Goal {
     /// Negative log-likelihood of the trained tokens.
     Nll,
-    /// The clipped policy gradient, with a penalty for leaving the reference where `beta` is not 0.
+    /// The clipped policy gradient, with a penalty for leaving the reference where `beta` is not 0; the reference's
+    /// log-probabilities are needed then.
     Grpo {
         /// The ratio is clipped below at `1 - clip_low`.
         clip_low: f32,
@@ -55,10 +56,46 @@ pub struct Learner {
     grads: GradStore,
     optimizer: Optimizer,
     options: Optim,
-    acts: Option<(MemoryPlan, Activations)>,
+    room: Option<Room>,
     logits: loss::Workspace,
     forbidden: Buffer,
-    dhidden: Option<Buffer>,
+}
+
+/// What batches are computed in: buffers that are reused, within a budget.
+struct Room {
+    plan: MemoryPlan,
+    /// The largest batch that it holds.
+    size: BatchSize,
+    acts: Activations,
+    /// `[rows, hidden]`: the loss's gradient for the hidden states.
+    dhidden: Buffer,
+}
+
+impl Room {
+    /// Room for a batch of `size`, one of several that are at most `largest`, in `budget` bytes: `held`, if that will do.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] if the batch does not fit the budget.
+    fn within(budget: usize, held: Option<Room>, model: &Model, size: BatchSize, largest: BatchSize) -> Result<Room> {
+        let c = &model.config;
+        // Planned for all of the batches where that is possible: those of other shapes than the one before then find room,
+        // rather than have it made anew or let it grow beyond the budget.
+        let (mut size, plan) = match MemoryPlan::fit(c, largest, budget) {
+            Ok(plan) => (largest, plan),
+            Err(_) => (size, MemoryPlan::fit(c, size, budget)?),
+        };
+        if let Some(room) = held.filter(|room| room.plan == plan) {
+            if size.fits(room.size) {
+                return Ok(room);
+            }
+            if plan.bytes(c, size.max(room.size)) <= budget {
+                size = size.max(room.size);
+            }
+        }
+        // What was held is free by now.
+        let dhidden = model.device().alloc(DType::F32, size.rows * c.hidden_size);
+        Ok(Room { plan, size, acts: Activations::with_room(model, plan, size), dhidden })
+    }
 }
 
 impl Learner {
@@ -72,10 +109,9 @@ impl Learner {
             grads: GradStore::new(&model),
             optimizer: Optimizer::new(&model.params, &device),
             options: options.clone(),
-            acts: None,
+            room: None,
             logits: loss::Workspace::new(&device, c.vocab_size, c.hidden_size, usize::MAX, LOGIT_BYTES),
-            forbidden: device.upload(&forbidden_set(c, forbidden)),
-            dhidden: None,
+            forbidden: device.upload(&forbidden_set(c.vocab_size, forbidden)),
             model,
         }
     }
@@ -104,7 +140,8 @@ impl Learner {
     /// log-probabilities of every entry, for a goal with a penalty.
     ///
     /// # Errors
-    /// Input that does not fit the model or the memory; updates that are not finite, ten in a row.
+    /// [`Error::Input`] where an engine that is not [paused](crate::engine::Engine::pause) works on this model; as
+    /// [`gradients`](Self::gradients); updates that are not finite, ten in a row.
     pub fn update(
         &mut self,
         micros: &[MicroBatch],
@@ -112,6 +149,8 @@ impl Learner {
         ref_logp: Option<&[f32]>,
         lr: f64,
     ) -> Result<(TokenStats, Update)> {
+        let model = self.model.clone();
+        let _weights = model.take_weights()?;
         let stats = self.gradients(micros, goal, ref_logp)?;
         let update = self.optimizer.step(&self.stream, &self.model.params, &self.grads.flat, &self.options, lr)?;
         self.stream.synchronize()?;
@@ -119,35 +158,58 @@ impl Learner {
     }
 
     /// The gradients alone, from zero.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where `ref_logp` lacks what the goal needs, or is not about these entries; input that does not fit the
+    /// model or the memory.
     pub fn gradients(&mut self, micros: &[MicroBatch], goal: Goal, ref_logp: Option<&[f32]>) -> Result<TokenStats> {
-        self.grads.zero(&self.stream);
+        let entries: usize = micros.iter().map(|m| m.entries.len()).sum();
+        match ref_logp {
+            None if matches!(goal, Goal::Grpo { beta, .. } if beta != 0.0) => {
+                return Err(Error::input(
+                    "a goal with a penalty for leaving the reference, and no log-probabilities of the reference",
+                    "give those that learner::logprobs computes under the reference, or set beta to 0",
+                ));
+            }
+            Some(r) if r.len() != entries => {
+                return Err(Error::input(
+                    format!("{} log-probabilities of the reference for {entries} entries", r.len()),
+                    "give those of the same micro-batches",
+                ));
+            }
+            _ => {}
+        }
+        let (c, device, s) = (&self.model.config, self.model.device(), &self.stream);
+        let batches = micros.iter().map(|m| TrainBatch::pack(c, device, s, &m.groups)).collect::<Result<Vec<_>>>()?;
+        let largest = batches.iter().map(TrainBatch::size).fold(BatchSize::default(), BatchSize::max);
+        self.grads.zero(s);
         let mut stats = TokenStats::default();
-        for micro in micros {
+        for (micro, batch) in micros.iter().zip(&batches) {
             let done = stats.logp.len();
             let reference = ref_logp.map(|r| &r[done..done + micro.entries.len()]);
-            self.accumulate(micro, goal, reference, &mut stats)?;
+            self.accumulate(micro, batch, largest, goal, reference, &mut stats)?;
         }
         Ok(stats)
     }
 
+    /// Adds the gradients of `micro`, packed as `batch`, one of several that are at most `largest`.
     fn accumulate(
         &mut self,
         micro: &MicroBatch,
+        batch: &TrainBatch,
+        largest: BatchSize,
         goal: Goal,
         ref_logp: Option<&[f32]>,
         stats: &mut TokenStats,
     ) -> Result<()> {
         let (model, s) = (self.model.clone(), self.stream.clone());
         let (device, c) = (model.device().clone(), &model.config);
-        let batch = TrainBatch::pack(c, &device, &s, &micro.groups)?;
-        let plan = MemoryPlan::fit(c, batch.rows(), batch.patches(), self.options.activations_mib << 20)?;
-        if self.acts.as_ref().is_none_or(|(p, _)| *p != plan) {
-            self.acts = None; // frees the old ones first
-        }
-        let (_, acts) = self.acts.get_or_insert_with(|| (plan, Activations::new(&model, plan, &batch)));
-        let hidden = train::forward(&model, &s, &batch, acts)?;
+        let budget = self.options.activations_mib << 20;
+        let room = Room::within(budget, self.room.take(), &model, batch.size(), largest)?;
+        let Room { acts, dhidden, .. } = self.room.insert(room);
+        let hidden = train::forward(&model, &s, batch, acts)?;
 
-        let entries = loss_rows(&device, &batch, micro);
+        let entries = loss_rows(&device, batch, micro);
         let field =
             |f: fn(&super::batch::Entry) -> f32| device.upload(&micro.entries.iter().map(f).collect::<Vec<_>>());
         let (weight, old_logp, advantage) = (field(|e| e.weight), field(|e| e.old_logp), field(|e| e.advantage));
@@ -163,14 +225,7 @@ impl Learner {
             },
         };
         let results = Outputs::new(&device, entries.len());
-        let needed = batch.rows() * c.hidden_size;
-        if self.dhidden.as_ref().is_none_or(|b| b.len() < needed) {
-            self.dhidden = Some(device.alloc(DType::F32, needed));
-        }
-        let dhidden = match &self.dhidden {
-            Some(b) => b.view(0, needed),
-            None => return Ok(()),
-        };
+        let dhidden = dhidden.view(0, batch.rows() * c.hidden_size);
         s.zero(&dhidden);
         loss::forward_backward(
             &s,
@@ -185,7 +240,7 @@ impl Learner {
             &dhidden,
             Some(&self.grads.head().data),
         );
-        train::backward(&model, &s, &batch, acts, &dhidden, &self.grads)?;
+        train::backward(&model, &s, batch, acts, &dhidden, &self.grads)?;
         for (to, from) in [
             (&mut stats.logp, &results.logp),
             (&mut stats.entropy, &results.entropy),
@@ -207,7 +262,7 @@ impl Learner {
 pub fn logprobs(model: &Model, micros: &[MicroBatch], forbidden: &[u32]) -> Result<Vec<f32>> {
     let (device, c) = (model.device(), &model.config);
     let s = device.stream();
-    let forbidden = device.upload(&forbidden_set(c, forbidden));
+    let forbidden = device.upload(&forbidden_set(c.vocab_size, forbidden));
     let logits = loss::Workspace::new(device, c.vocab_size, c.hidden_size, usize::MAX, LOGIT_BYTES);
     let mut acts: Option<Activations> = None;
     let mut all = Vec::new();
@@ -231,11 +286,112 @@ fn loss_rows(device: &Device, batch: &TrainBatch, micro: &MicroBatch) -> LossRow
     LossRows::new(device, &rows, &targets, &temperature)
 }
 
-/// The bit set that the loss takes.
-fn forbidden_set(c: &Config, ids: &[u32]) -> Vec<u32> {
-    let mut words = vec![0u32; forbidden_words(c.vocab_size)];
-    for &id in ids {
-        words[id as usize / 32] |= 1 << (id % 32);
+#[cfg(test)]
+mod tests {
+    use super::super::batch::Entry;
+    use super::*;
+    use crate::engine::{Engine, EngineOptions, Request, Sampling};
+    use crate::input::{Image, Prompt};
+    use crate::model::train::Group;
+    use crate::model::{LoadOptions, Preset};
+
+    fn model() -> Arc<Model> {
+        let (config, device) = (Preset::Tiny.config(), Device::cpu(1));
+        Arc::new(Model::random(config, 3, &device, &LoadOptions::default()).unwrap())
     }
-    words
+
+    /// `tokens` of text after an image of `image` x `image` tokens, if that is not 0.
+    fn batch(model: &Model, tokens: usize, image: usize) -> MicroBatch {
+        let mut prompt = Prompt::from_tokens(vec![7]);
+        if image > 0 {
+            let side = 28 * image;
+            let image = Image::from_resized(vec![90; 3 * side * side], side, side, 14, (side, side)).unwrap();
+            prompt.push_image(Arc::new(image), model.config.tokens.image);
+        }
+        let mut batch = MicroBatch::default();
+        let text = Prompt::from_tokens((0..tokens as u32).map(|i| i % 500).collect());
+        batch.groups.push(Group { prompt, completions: vec![text] });
+        let weight = 1.0 / tokens as f32;
+        batch.entries.extend((0..tokens).map(|index| Entry {
+            group: 0,
+            completion: 0,
+            index,
+            target: index as u32 % 500,
+            temperature: 1.0,
+            old_logp: 0.0,
+            advantage: 0.0,
+            weight,
+        }));
+        batch
+    }
+
+    #[test]
+    fn batches_of_different_shapes_stay_within_the_budget_together() {
+        let model = model();
+        let (long, shown) = (batch(&model, 300, 0), batch(&model, 8, 7));
+        let size = |m: &MicroBatch| {
+            let (d, c) = (model.device(), &model.config);
+            TrainBatch::pack(c, d, &d.stream(), &m.groups).unwrap().size()
+        };
+        let plan = MemoryPlan::keep_all(&model.config);
+        let needed = |size: BatchSize| plan.bytes(&model.config, size);
+        // All of either is kept in a budget that does not hold room for both.
+        let most = needed(size(&long)).max(needed(size(&shown)));
+        let mib = most.div_ceil(1 << 20);
+        assert!(needed(size(&long).max(size(&shown))) > mib << 20, "{most} bytes");
+        for step in [vec![long.clone(), shown.clone()], vec![shown, long]] {
+            let options = Optim { activations_mib: mib, ..Optim::default() };
+            let mut learner = Learner::new(model.clone(), &options, &[]);
+            let before = model.device().allocated_bytes();
+            for micros in [&step[..], &step[..1], &step[1..], &step[..]] {
+                learner.gradients(micros, Goal::Nll, None).unwrap();
+                let held = model.device().allocated_bytes() - before;
+                // Buffers are rounded up to 64 bytes.
+                assert!(held <= (mib << 20) + 64 * 200, "{held} bytes");
+            }
+            let alone = |m: &MicroBatch| {
+                let mut learner = Learner::new(model.clone(), &Optim::default(), &[]);
+                learner.gradients(std::slice::from_ref(m), Goal::Nll, None).unwrap().logp
+            };
+            let together = learner.gradients(&step, Goal::Nll, None).unwrap().logp;
+            assert_eq!(together, [alone(&step[0]), alone(&step[1])].concat(), "the plan shows in no bit");
+        }
+    }
+
+    #[test]
+    fn a_penalty_without_its_reference_is_refused() {
+        let model = model();
+        let micros = [batch(&model, 5, 0), batch(&model, 3, 0)];
+        let mut learner = Learner::new(model, &Optim::default(), &[]);
+        let mut told = |beta, reference: Option<&[f32]>| {
+            let goal = Goal::Grpo { clip_low: 0.2, clip_high: 0.2, beta };
+            learner.update(&micros, goal, reference, 1e-3).map_err(|e| e.to_string()).map(drop)
+        };
+        assert!(told(0.1, None).unwrap_err().contains("no log-probabilities of the reference"));
+        assert!(told(0.1, Some(&[0.0; 7])).unwrap_err().contains("7 log-probabilities of the reference for 8"));
+        assert_eq!((told(0.1, Some(&[0.0; 8])), told(0.0, None)), (Ok(()), Ok(())));
+    }
+
+    #[test]
+    fn weights_do_not_move_under_an_engine_at_work() {
+        let model = model();
+        let options =
+            EngineOptions { kv_bytes: 1 << 20, vision_bytes: 1 << 16, step_patches: 64, ..Default::default() };
+        let engine = Engine::start(model.clone(), options).unwrap();
+        let mut learner = Learner::new(model.clone(), &Optim::default(), engine.forbidden());
+        let micros = [batch(&model, 5, 0)];
+        let mut update = || learner.update(&micros, Goal::Nll, None, 1e-3).map(|(_, update)| update.applied);
+        let e = update().unwrap_err().to_string();
+        assert!(e.contains("Engine::pause"), "{e}");
+        let paused = engine.pause().unwrap();
+        assert!(update().unwrap());
+        drop(paused);
+        assert!(update().is_err(), "from the moment when the guard is gone");
+        drop(engine.pause().unwrap());
+        let request = Request { prompt: Prompt::from_tokens(vec![1]), sampling: Sampling::default(), n: 1 };
+        let one = engine.generate(request).unwrap().remove(0).wait().unwrap();
+        assert_eq!(one.epochs.0, 1, "an update is known as it is; a pause without one changes nothing");
+        drop(engine);
+        assert!(update().unwrap());
+    }
 }

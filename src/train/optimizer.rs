@@ -43,19 +43,32 @@ impl Optimizer {
         Optimizer { m: params.mirror(device), v: params.mirror(device), norm, updates: 0, skipped_in_a_row: 0 }
     }
 
-    /// Updates taken so far.
+    /// Updates taken so far; the count rises before any parameter moves.
     pub fn updates(&self) -> u64 {
         self.updates
+    }
+
+    /// Whether so many updates in a row could not be taken that the last one was an error: the parameters, though
+    /// they did not move, are then nothing to go on from.
+    pub fn has_diverged(&self) -> bool {
+        self.skipped_in_a_row >= SKIPS_ALLOWED
     }
 
     /// One update at rate `lr` from `grads` (a mirror of the trainable parameters): they are scaled down to
     /// `max_grad_norm` as `torch.nn.utils.clip_grad_norm_` does, then [`adamw::step`] moves the parameters; weight decay
     /// applies to matrices only. Where the norm is not finite nothing moves, and moments and count stay as they were.
-    /// Waits for the norm.
+    /// Waits for the norm. The caller holds the weights ([`Model::take_weights`](crate::model::Model::take_weights)).
     ///
     /// # Errors
     /// [`Error::Limit`] after ten updates in a row that could not be taken.
-    pub fn step(&mut self, s: &Stream, params: &ParamStore, grads: &Buffer, o: &Optim, lr: f64) -> Result<Update> {
+    pub(crate) fn step(
+        &mut self,
+        s: &Stream,
+        params: &ParamStore,
+        grads: &Buffer,
+        o: &Optim,
+        lr: f64,
+    ) -> Result<Update> {
         adamw::grad_norm(s, grads, &self.norm);
         let grad_norm = s.read::<f32>(&self.norm).wait()?[0];
         if !grad_norm.is_finite() {

@@ -3,9 +3,9 @@
 use super::checkpoint::{Checkpoints, TrainState};
 use super::config::RunConfig;
 use super::learner::Learner;
-use crate::agent::{Ending, EpisodeOptions, Episodes, Job, Rollouts, Trajectory, Void};
+use crate::agent::{Ending, EpisodeOptions, Episodes, Job, Partial, Rollouts, Trajectory, Void};
 use crate::engine::{Engine, Sampling};
-use crate::input::Tokenizer;
+use crate::input::{Detokenizer, Tokenizer};
 use crate::model::SaveOptions;
 use crate::report::view::{EpisodeView, Phase, RewardPart, StepView, TokenView};
 use crate::report::{MetricsLog, Progress, TrajectoryStore, read_metrics};
@@ -29,8 +29,6 @@ pub struct Setup {
     pub eval: Vec<Arc<Example>>,
     /// Raised to end the run early (Ctrl-C); what is done by then is saved.
     pub stop: Arc<AtomicBool>,
-    /// Files of the model folder that every checkpoint gets a copy of: the tokenizer's, the image processor's.
-    pub companions: Vec<PathBuf>,
 }
 
 /// Scores of held-out questions.
@@ -50,26 +48,53 @@ pub struct Scores {
     pub void: usize,
 }
 
-/// Asks `examples` once each; no weights move.
+/// What came of an evaluation.
+pub struct Evaluation {
+    /// Scores of the episodes that are complete.
+    pub scores: Scores,
+    /// The questions, one episode each.
+    pub jobs: Vec<Job>,
+    /// Per job: its episode, or nothing where the evaluation ended before it was complete.
+    pub episodes: Episodes,
+    /// Why not all are complete, as [`Partial::ended_by`](crate::agent::Partial::ended_by) has it.
+    pub ended_by: Option<Error>,
+}
+
+impl Evaluation {
+    /// This evaluation, if every question was asked.
+    ///
+    /// # Errors
+    /// What ended it early.
+    pub fn complete(self) -> Result<Evaluation> {
+        match self.ended_by {
+            Some(e) => Err(e),
+            None => Ok(self),
+        }
+    }
+}
+
+/// Asks `examples` once each, or as many as get an answer before `rollouts.stop` is raised or something fails; no weights
+/// move.
 ///
 /// # Errors
-/// As [`Rollouts::run`]; the failure itself where the tool's machinery failed every single episode.
+/// What ended it where no episode was complete by then; the failure itself where the tool's machinery failed every single
+/// episode.
 pub fn evaluate(
     rollouts: &Rollouts,
     examples: &[Arc<Example>],
     seed: u64,
     done: impl FnMut(usize, &Result<Trajectory, Void>),
-) -> Result<(Scores, Vec<Job>, Episodes)> {
+) -> Result<Evaluation> {
     let jobs: Vec<Job> = examples
         .iter()
         .enumerate()
         // Groups of evaluation are numbered apart from those of training, so that no noise is used twice.
         .map(|(i, e)| Job { example: e.clone(), group: (1 << 40) + i as u64, samples: 1 })
         .collect();
-    let episodes = rollouts.run(&jobs, seed, done)?;
+    let Partial { episodes, ended_by } = rollouts.run_as_far_as_it_goes(&jobs, seed, done);
     if !jobs.is_empty() && episodes.iter().flatten().all(Result::is_err) {
-        let first = episodes.into_iter().flatten().find_map(Result::err);
-        return Err(first.map_or_else(|| Error::internal("a job without an episode"), |void| void.error));
+        let first = episodes.into_iter().flatten().find_map(Result::err).map(|void| void.error);
+        return Err(ended_by.or(first).unwrap_or_else(|| Error::internal("a job without an episode")));
     }
     let scored: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
     let n = scored.len().max(1) as f64;
@@ -80,21 +105,27 @@ pub fn evaluate(
         format: mean(&|t| t.reward.format),
         tool_calls: mean(&|t| t.steps.iter().filter(|s| s.tool.is_some()).count() as f64),
         episodes: scored.len(),
-        void: jobs.len() - scored.len(),
+        void: episodes.iter().flatten().filter(|e| e.is_err()).count(),
     };
-    Ok((scores, jobs, episodes))
+    Ok(Evaluation { scores, jobs, episodes, ended_by })
 }
 
 impl Setup {
+    /// Runs the episodes of the held-out questions.
+    pub fn held_out(&self, config: &RunConfig) -> Rollouts {
+        Rollouts { options: eval_options(&self.rollouts.options, config), ..self.rollouts.clone() }
+    }
+
     /// Asks the held-out questions after `step` steps and writes down how it went, unless an earlier session has.
     pub(super) fn evaluate(&self, config: &RunConfig, step: u64, keeper: &mut Keeper) -> Result<()> {
         if keeper.evaluated == Some(step) {
             return Ok(());
         }
-        let rollouts = Rollouts { options: eval_options(&self.rollouts.options, config), ..self.rollouts.clone() };
+        let rollouts = self.held_out(config);
         let total = self.eval.len();
-        let (scores, jobs, episodes) =
-            evaluate(&rollouts, &self.eval, config.run.seed, |done, _| keeper.busy("held-out", done, total))?;
+        let busy = |done, _: &Result<_, _>| keeper.busy("held-out", done, total);
+        let all = evaluate(&rollouts, &self.eval, config.run.seed, busy)?.complete()?;
+        let Evaluation { scores, jobs, episodes, .. } = all;
         let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
         let mut metrics = episode_metrics(&done, Phase::Eval);
         metrics.push(("eval/void", scores.void as f64));
@@ -121,6 +152,8 @@ pub struct Keeper {
     /// Steps between checkpoints; 0: only when asked.
     every: u64,
     saved: Option<u64>,
+    /// The step whose checkpoint could not be written.
+    unsaved: Option<u64>,
     /// The last step after which the held-out questions were asked.
     evaluated: Option<u64>,
     progress: Progress,
@@ -130,7 +163,7 @@ pub struct Keeper {
 
 impl Keeper {
     /// Opens the folder `run_dir` for a run that stands at `state`: what a lost session wrote about later steps is cut.
-    /// Every checkpoint gets a copy of the files `companions`.
+    /// Every checkpoint gets a copy of the files `companions`: the model folder's tokenizer, its image processor.
     ///
     /// # Errors
     /// [`Error::Io`] when a file cannot be read or written.
@@ -156,6 +189,7 @@ impl Keeper {
             checkpoints: Checkpoints::new(run_dir, config.log.keep_last),
             every: config.log.checkpoint_every,
             saved: Some(state.step),
+            unsaved: None,
             progress: Progress::new(&state.kind, state.step, config.optim.steps),
             state,
             tokenizer,
@@ -173,10 +207,32 @@ impl Keeper {
         self.progress.busy(format!("{what} {done}/{total}"));
     }
 
-    /// Notes that a step is complete, and writes a checkpoint if one is due.
-    pub(super) fn completed(&mut self, learner: &mut Learner) -> Result<()> {
+    /// Notes that a step's updates are done. What comes after them, such as writing down how it went, may fail without making
+    /// the step any less complete.
+    pub(super) fn completed(&mut self, learner: &mut Learner) {
         self.state.step += 1;
+        self.state.updates = learner.optimizer().updates();
+    }
+
+    /// Writes a checkpoint if one is due after the step reached.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub(super) fn save_if_due(&mut self, learner: &mut Learner) -> Result<()> {
         if self.every > 0 && self.state.step.is_multiple_of(self.every) { self.save(learner) } else { Ok(()) }
+    }
+
+    /// For a run that an error ends: writes a checkpoint of the last complete step, unless there is one, or the weights are no
+    /// longer those after that step because an update of the next one has moved them. A failure is only noted: the error
+    /// that ends the run is the one to report.
+    pub(super) fn save_after_failure(&mut self, learner: &mut Learner) {
+        let optimizer = learner.optimizer();
+        if optimizer.updates() != self.state.updates || optimizer.has_diverged() || self.unsaved == Some(self.step()) {
+            return;
+        }
+        if let Err(e) = self.save(learner) {
+            self.progress.note(&format!("the state after step {} could not be saved: {e}", self.step()));
+        }
     }
 
     /// Writes a checkpoint of the step reached, unless there is one.
@@ -187,7 +243,7 @@ impl Keeper {
         if self.saved == Some(self.state.step) {
             return Ok(());
         }
-        self.state.updates = learner.optimizer().updates();
+        self.unsaved = Some(self.state.step);
         let (model, stream) = (learner.model().clone(), learner.stream().clone());
         let options = SaveOptions { copy: self.companions.clone(), ..Default::default() };
         let optimizer = learner.optimizer();
@@ -195,7 +251,7 @@ impl Keeper {
             model.save(&stream, dir, &options)?;
             optimizer.save(&stream, &model.params, &dir.join(OPTIMIZER_FILE))
         })?;
-        self.saved = Some(self.state.step);
+        (self.saved, self.unsaved) = (Some(self.state.step), None);
         Ok(())
     }
 
@@ -322,14 +378,10 @@ fn view(
     let image = |i: &image::RgbImage| store.image(i.width(), i.height(), i.as_raw()).map(Some);
     let mut steps = Vec::with_capacity(t.steps.len());
     for s in &t.steps {
-        let tokens = s
-            .tokens
-            .clone()
-            .map(|i| TokenView { text: tokenizer.decode(&t.sequence.tokens[i..=i]), logp: t.logprobs[i] });
         steps.push(StepView {
             who: "assistant".into(),
             text: s.text.clone(),
-            tokens: tokens.collect(),
+            tokens: token_views(tokenizer, &t.sequence.tokens[s.tokens.clone()], &t.logprobs[s.tokens.clone()]),
             code: s.tool.as_ref().map(|c| c.code.clone()),
             tool_output: s.tool.as_ref().map(|c| c.output.clone()),
             tool_status: s.tool.as_ref().map(|c| c.status.to_owned()),
@@ -351,12 +403,7 @@ fn view(
         question: t.question.clone(),
         answers: t.answers.clone(),
         prediction: t.answer().map(str::to_owned),
-        finish: match &t.ending {
-            Ending::Answered(_) => "answered",
-            Ending::OutOfTurns => "turn limit",
-            Ending::Truncated => "length limit",
-        }
-        .into(),
+        finish: t.ending.name().into(),
         steps,
         f1: t.reward.f1,
         em: t.reward.em,
@@ -367,4 +414,99 @@ fn view(
         ],
         advantage,
     })
+}
+
+/// Tokens with their text. A character whose bytes are spread over tokens stands, with what else these say, at the first of
+/// them, and the others have no text.
+fn token_views(tokenizer: &Tokenizer, ids: &[u32], logprobs: &[f32]) -> Vec<TokenView> {
+    let mut views: Vec<TokenView> = logprobs.iter().map(|&logp| TokenView { text: String::new(), logp }).collect();
+    let (mut stream, mut first) = (Detokenizer::new(), 0);
+    for (i, &id) in ids.iter().enumerate() {
+        views[first].text += &stream.push(tokenizer, id);
+        if stream.is_whole() {
+            first = i + 1;
+        }
+    }
+    if let Some(cut_short) = views.get_mut(first) {
+        cut_short.text += &stream.finish();
+    }
+    views
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::batch::{Entry, MicroBatch};
+    use super::super::learner::Goal;
+    use super::*;
+    use crate::device::Device;
+    use crate::input::Prompt;
+    use crate::model::train::Group;
+    use crate::model::{LoadOptions, Model, Preset};
+
+    fn tokenizer() -> Tokenizer {
+        Tokenizer::from_bytes(include_bytes!("../cli/tiny/tokenizer.json"), "the tiny tokenizer").unwrap()
+    }
+
+    #[test]
+    fn tokens_of_one_character_have_its_text_together() {
+        let tokenizer = tokenizer();
+        let view = |ids: &[u32]| -> Vec<String> {
+            let logprobs: Vec<f32> = (0..ids.len()).map(|i| -(i as f32)).collect();
+            let views = token_views(&tokenizer, ids, &logprobs);
+            assert_eq!(views.iter().map(|v| v.logp).collect::<Vec<_>>(), logprobs);
+            views.into_iter().map(|v| v.text).collect()
+        };
+        let ids = tokenizer.encode("a😀字b").unwrap();
+        let shown = view(&ids);
+        assert!(ids.len() > 4, "characters of several tokens: {ids:?}");
+        assert_eq!(shown.iter().filter(|t| !t.is_empty()).collect::<Vec<_>>(), ["a", "😀", "字", "b"]);
+        let cut = view(&ids[..2]);
+        assert_eq!(cut, ["a", "\u{fffd}"], "a character that the limit on tokens cut in two");
+        assert_eq!(view(&[]), [""; 0]);
+    }
+
+    #[test]
+    fn after_a_failure_whole_steps_are_saved_and_halves_are_not() {
+        let (dir, device) = (tempfile::tempdir().unwrap(), Device::cpu(1));
+        let model = Arc::new(Model::random(Preset::Tiny.config(), 3, &device, &LoadOptions::default()).unwrap());
+        let config = RunConfig::read(None, &["log.checkpoint_every=0".into()]).unwrap();
+        let mut learner = Learner::new(model, &config.optim, &[]);
+        let state = TrainState { kind: "train".into(), step: 0, updates: 0 };
+        let mut keeper = Keeper::open(dir.path(), &config, state, Arc::new(tokenizer()), Vec::new()).unwrap();
+        let text = Prompt::from_tokens(vec![1, 2, 3]);
+        let entry = Entry {
+            group: 0,
+            completion: 0,
+            index: 1,
+            target: 2,
+            temperature: 1.0,
+            old_logp: 0.0,
+            advantage: 0.0,
+            weight: 1.0,
+        };
+        let mut micro = MicroBatch::default();
+        micro.groups.push(Group { prompt: text.clone(), completions: vec![text] });
+        micro.entries.push(entry);
+        let update = |learner: &mut Learner| {
+            let (_, update) = learner.update(std::slice::from_ref(&micro), Goal::Nll, None, 1e-3).unwrap();
+            assert!(update.applied);
+        };
+        let saved = || Checkpoints::new(dir.path(), 0).latest().unwrap().0.map(|c| c.state.step);
+        update(&mut learner);
+        keeper.save_after_failure(&mut learner);
+        assert_eq!(saved(), None, "the first update of several");
+        update(&mut learner);
+        keeper.completed(&mut learner);
+        keeper.save_after_failure(&mut learner);
+        assert_eq!(saved(), Some(1), "between steps");
+        update(&mut learner);
+        keeper.save_after_failure(&mut learner);
+        assert_eq!(saved(), Some(1), "half of the second step");
+        keeper.completed(&mut learner);
+        std::fs::remove_dir_all(dir.path().join("checkpoints")).unwrap();
+        std::fs::write(dir.path().join("checkpoints"), "in the way").unwrap();
+        assert!(keeper.save(&mut learner).is_err());
+        // Noted, and no panic and no second attempt.
+        keeper.save_after_failure(&mut learner);
+    }
 }

@@ -17,7 +17,7 @@ use std::time::Instant;
 /// [`item_at`](super::order::item_at)); a step takes `config.sft.batch_size` of them and weighs all their tokens alike.
 ///
 /// # Errors
-/// Whatever fails; the run's folder is whole then.
+/// Whatever fails; the run's folder is whole then, and the last complete step is saved, if that can be done.
 pub fn sft(
     config: &RunConfig,
     learner: &mut Learner,
@@ -34,7 +34,10 @@ pub fn sft(
             keeper.save(learner)?;
             Ok(Finished::Stopped { at: keeper.step() })
         }
-        Err(e) => Err(e),
+        Err(e) => {
+            keeper.save_after_failure(learner);
+            Err(e)
+        }
     }
 }
 
@@ -56,6 +59,7 @@ fn steps(
         let micros = supervised(&episodes, config.optim.micro_batch_tokens);
         let lr = schedule.lr(step);
         let (stats, update) = learner.update(&micros, Goal::Nll, None, lr)?;
+        keeper.completed(learner);
         let n = stats.loss.len().max(1) as f64;
         let metrics = [
             ("sft/loss", stats.loss.iter().map(|&l| f64::from(l)).sum::<f64>() / n),
@@ -66,7 +70,7 @@ fn steps(
             ("speed/train_s", started.elapsed().as_secs_f64()),
         ];
         keeper.log(step, &metrics, Phase::Train, &[])?;
-        keeper.completed(learner)?;
+        keeper.save_if_due(learner)?;
     }
     Ok(())
 }
@@ -81,11 +85,15 @@ fn prepare(
     std::thread::scope(|scope| {
         let parts = numbers.chunks(numbers.len().div_ceil(threads).max(1));
         let parts: Vec<_> = parts
-            .map(|part| scope.spawn(move || part.iter().map(|&i| episode(i)).collect::<Result<Vec<_>>>()))
+            .map(|part| {
+                let work = move || part.iter().map(|&i| episode(i)).collect::<Result<Vec<_>>>();
+                let thread = std::thread::Builder::new().spawn_scoped(scope, work);
+                thread.map_err(|e| Error::no_thread("a thread that prepares episodes", e))
+            })
             .collect();
         let mut all = Vec::with_capacity(numbers.len());
         for part in parts {
-            all.extend(part.join().map_err(|_| Error::internal("the preparation of an episode panicked"))??);
+            all.extend(part?.join().map_err(|_| Error::internal("the preparation of an episode panicked"))??);
         }
         Ok(all)
     })

@@ -4,14 +4,13 @@
 mod warm;
 
 use super::session::{Session, stop_on_signal};
-use super::setup::{Loaded, episode_options};
-use crate::agent::Rollouts;
+use super::setup::Loaded;
 use crate::model::write_atomically;
 use crate::report::{Record, read_metrics};
 use crate::train::RunConfig;
 use crate::train::grpo::{self, Finished};
 use crate::train::learner::Learner;
-use crate::train::run::{Keeper, Scores, eval_options, evaluate};
+use crate::train::run::{Scores, evaluate};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -95,15 +94,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
     );
     let reference = loaded.reference(&config)?;
     let withheld = || -> Result<Scores> {
-        let mut options = eval_options(&episode_options(&config), &config);
-        options.withhold_images = true;
-        let rollouts = Rollouts { options, ..setup.rollouts.clone() };
-        Ok(evaluate(&rollouts, &setup.eval, config.run.seed, |_, _| ())?.0)
+        let mut rollouts = setup.held_out(&config);
+        rollouts.options.withhold_images = true;
+        Ok(evaluate(&rollouts, &setup.eval, config.run.seed, |_, _| ())?.complete()?.scores)
     };
     let blind_before = withheld()?;
     let mut learner = Learner::new(loaded.model.clone(), &config.optim, setup.engine.forbidden());
-    let mut keeper =
-        Keeper::open(&out, &config, session.state.clone(), loaded.tokenizer.clone(), loaded.companions.clone())?;
+    let mut keeper = session.keeper(&config, &loaded)?;
     let finished = grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper);
     drop(keeper);
     if !matches!(finished, Ok(Finished::Complete)) {

@@ -122,7 +122,9 @@ impl School {
         let (first, second) = numbers.split_at(numbers.len() / 2);
         let make = |numbers: &[u64]| numbers.iter().map(|&i| self.lesson(i)).collect::<Result<Vec<_>>>();
         std::thread::scope(|scope| {
-            let other = scope.spawn(|| make(second));
+            let other = std::thread::Builder::new()
+                .spawn_scoped(scope, || make(second))
+                .map_err(|e| Error::no_thread("a thread for lessons", e))?;
             let mut all = make(first)?;
             all.extend(other.join().map_err(|_| Error::internal("a lesson panicked"))??);
             Ok(all)

@@ -1,5 +1,6 @@
 //! Sequences packed into one training pass: no padding, and the completions of a group share their prompt's rows.
 
+use super::BatchSize;
 use crate::device::{Device, Stream};
 use crate::input::{Image, ImageHash, Prompt};
 use crate::model::positions::{self, Positions, Span};
@@ -143,6 +144,10 @@ impl TrainBatch {
         })
     }
 
+    /// What decides how much memory its activations take.
+    pub fn size(&self) -> BatchSize {
+        BatchSize { rows: self.rows(), patches: self.patches, blocks: self.blocks }
+    }
     /// Rows of the packed hidden states.
     pub fn rows(&self) -> usize {
         self.step.tokens

@@ -3,8 +3,38 @@
 
 use crate::device::{Buffer, DType, Device, Stream};
 use crate::model::layer::{LayerActs, LayerGrads, LayerShape};
+use crate::model::vision::GROUP;
 use crate::model::{Config, Model, ParamStore, TextParams, VisionParams};
+use crate::ops::kv_cache::KvCache;
+use crate::ops::patch_embed::PATCH;
 use crate::{Error, Result};
+
+/// What of a batch decides how much memory its activations take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BatchSize {
+    /// Rows of hidden states.
+    pub rows: usize,
+    /// Patches of its images, each image counted once.
+    pub patches: usize,
+    /// Pages of keys and values.
+    pub blocks: usize,
+}
+
+impl BatchSize {
+    /// The size of room for both: the larger one in each respect.
+    pub fn max(self, other: BatchSize) -> BatchSize {
+        BatchSize {
+            rows: self.rows.max(other.rows),
+            patches: self.patches.max(other.patches),
+            blocks: self.blocks.max(other.blocks),
+        }
+    }
+
+    /// Whether there is room for it in `room`.
+    pub fn fits(self, room: BatchSize) -> bool {
+        self.max(room) == room
+    }
+}
 
 /// Which layers keep their activations. The first ones do: what the last layer computed is still there when the backward
 /// pass begins, so the last layer never has to be computed again.
@@ -22,14 +52,14 @@ impl MemoryPlan {
         MemoryPlan { text: config.layers, vision: config.vision.depth }
     }
 
-    /// Keeps what fits `budget` bytes for batches of `rows` tokens and `patches` patches; the decoder comes first, whose
-    /// layers are dearer to compute again.
+    /// Keeps what fits `budget` bytes for batches of `size`; the decoder comes first, whose layers are dearer to compute again.
     ///
     /// # Errors
     /// [`Error::Limit`] if not even the layers' inputs fit.
-    pub fn fit(config: &Config, rows: usize, patches: usize, budget: usize) -> Result<MemoryPlan> {
+    pub fn fit(config: &Config, size: BatchSize, budget: usize) -> Result<MemoryPlan> {
         let none = MemoryPlan { text: 0, vision: 0 };
-        let least = none.bytes(config, rows, patches);
+        let BatchSize { rows, patches, .. } = size;
+        let least = none.bytes(config, size);
         if least > budget {
             return Err(Error::limit(
                 format!(
@@ -48,15 +78,23 @@ impl MemoryPlan {
         Ok(MemoryPlan { text, vision })
     }
 
-    /// Bytes of a batch's activations under this plan, to within the rotary tables and pages of one layer.
-    pub fn bytes(&self, config: &Config, rows: usize, patches: usize) -> usize {
-        let tower = |shape: LayerShape, layers: usize, kept: usize, rows: usize| {
-            // Inputs of the layers and the output, one set that is reused, gradients, and a few rows of the residual width.
-            let fixed = (layers + 4) * shape.hidden + shape.kept_values() + shape.grad_values();
-            4 * rows * (fixed + kept * shape.kept_values())
+    /// Bytes of the activations of a batch of `size` under this plan, at most, with the gradient of the hidden states and but for
+    /// the rounding of buffers to 64 bytes.
+    pub fn bytes(&self, config: &Config, size: BatchSize) -> usize {
+        let BatchSize { rows, patches, blocks } = size;
+        let (c, v) = (config, &config.vision);
+        // Inputs of the layers and the output, the residual stream's gradient, one set that is reused, gradients, rotary tables.
+        let tower = |shape: LayerShape, layers: usize, kept: usize| {
+            let fixed = (layers + 2) * shape.hidden + shape.kept_values() + shape.grad_values() + shape.head_dim;
+            fixed + kept * shape.kept_values()
         };
-        tower(config.layer_shape(), config.layers, self.text, rows)
-            + tower(config.vision.layer_shape(), config.vision.depth, self.vision, patches)
+        // The hidden states and their gradient.
+        let row = tower(c.layer_shape(), c.layers, self.text) + 2 * c.hidden_size;
+        // The merger, the position in the image; of each token the merger's output, twice, and where windows put it.
+        let patch = tower(v.layer_shape(), v.depth, self.vision) + 3 * v.hidden_size + 2;
+        let token = v.out_hidden_size + c.hidden_size + 3;
+        let pages = 2 * blocks * KvCache::bytes_per_block(1, c.kv_heads, c.head_dim());
+        4 * (rows * row + patches * patch + patches / GROUP * token + 2) + patches * 3 * PATCH * PATCH + pages
     }
 }
 

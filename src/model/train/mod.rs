@@ -16,7 +16,7 @@ mod tests;
 
 pub use backward::backward;
 pub use batch::{Group, TrainBatch};
-pub use memory::{GradStore, MemoryPlan};
+pub use memory::{BatchSize, GradStore, MemoryPlan};
 
 use super::layer::Rope;
 use super::vision::{self, MergerActs, VisionBatch};
@@ -30,9 +30,7 @@ use memory::Tower;
 /// The buffers of a training pass, reused from batch to batch.
 pub struct Activations {
     plan: Option<MemoryPlan>,
-    rows: usize,
-    patches: usize,
-    blocks: usize,
+    room: BatchSize,
     text: Tower,
     rope: Rope,
     /// One layer's pages, written anew by each layer.
@@ -64,16 +62,22 @@ struct TrainedVision {
 impl Activations {
     /// Buffers for training with batches up to the size of `batch`; they grow when a larger one comes.
     pub fn new(model: &Model, plan: MemoryPlan, batch: &TrainBatch) -> Activations {
-        Self::sized(model, Some(plan), batch.rows(), batch.patches(), batch.blocks())
+        Self::with_room(model, plan, batch.size())
+    }
+
+    /// The same for batches up to `room`: [`MemoryPlan::bytes`] at most, until they grow.
+    pub fn with_room(model: &Model, plan: MemoryPlan, room: BatchSize) -> Activations {
+        Self::sized(model, Some(plan), room)
     }
 
     /// Buffers for forward passes alone (a reference policy's log-probabilities).
     pub fn forward_only(model: &Model, batch: &TrainBatch) -> Activations {
-        Self::sized(model, None, batch.rows(), batch.patches(), batch.blocks())
+        Self::sized(model, None, batch.size())
     }
 
-    fn sized(model: &Model, plan: Option<MemoryPlan>, rows: usize, patches: usize, blocks: usize) -> Activations {
+    fn sized(model: &Model, plan: Option<MemoryPlan>, room: BatchSize) -> Activations {
         let (c, d) = (&model.config, model.device());
+        let BatchSize { rows, patches, blocks } = room;
         let (shape, vision_shape) = (c.layer_shape(), c.vision.layer_shape());
         let cache = || KvCache::new(d, 1, blocks, c.kv_heads, c.head_dim());
         let frozen = || VisionPass::Frozen(Box::new(VisionWorkspace::new(c, d, patches)));
@@ -88,9 +92,7 @@ impl Activations {
         };
         Activations {
             plan,
-            rows,
-            patches,
-            blocks,
+            room,
             text: match plan {
                 Some(plan) => Tower::new(d, &shape, c.layers, plan.text, rows),
                 None => Tower::forward_only(d, &shape, c.layers, rows),
@@ -106,10 +108,8 @@ impl Activations {
 
     /// Makes room for `batch`.
     fn reserve(&mut self, model: &Model, batch: &TrainBatch) {
-        let (rows, patches, blocks) = (batch.rows(), batch.patches(), batch.blocks());
-        if rows > self.rows || patches > self.patches || blocks > self.blocks {
-            let (rows, patches, blocks) = (rows.max(self.rows), patches.max(self.patches), blocks.max(self.blocks));
-            *self = Self::sized(model, self.plan, rows, patches, blocks);
+        if !batch.size().fits(self.room) {
+            *self = Self::sized(model, self.plan, batch.size().max(self.room));
         }
     }
 

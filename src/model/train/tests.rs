@@ -179,14 +179,33 @@ fn micro_batches_accumulate_and_buffers_grow() {
 #[test]
 fn a_plan_keeps_what_fits() {
     let c = Preset::Mid.config();
-    let all = MemoryPlan::keep_all(&c).bytes(&c, 2048, 1600);
-    assert_eq!(MemoryPlan::fit(&c, 2048, 1600, all).unwrap(), MemoryPlan::keep_all(&c));
-    let least = MemoryPlan { text: 0, vision: 0 }.bytes(&c, 2048, 1600);
-    assert_eq!(MemoryPlan::fit(&c, 2048, 1600, least).unwrap(), MemoryPlan { text: 0, vision: 0 });
-    let some = MemoryPlan::fit(&c, 2048, 1600, (least + all) / 2).unwrap();
-    assert!(some.text > 0 && some.bytes(&c, 2048, 1600) <= (least + all) / 2, "{some:?}");
-    let e = MemoryPlan::fit(&c, 2048, 1600, least - 1).unwrap_err().to_string();
+    let size = BatchSize { rows: 2048, patches: 1600, blocks: 70 };
+    let all = MemoryPlan::keep_all(&c).bytes(&c, size);
+    assert_eq!(MemoryPlan::fit(&c, size, all).unwrap(), MemoryPlan::keep_all(&c));
+    let least = MemoryPlan { text: 0, vision: 0 }.bytes(&c, size);
+    assert_eq!(MemoryPlan::fit(&c, size, least).unwrap(), MemoryPlan { text: 0, vision: 0 });
+    let some = MemoryPlan::fit(&c, size, (least + all) / 2).unwrap();
+    assert!(some.text > 0 && some.bytes(&c, size) <= (least + all) / 2, "{some:?}");
+    let e = MemoryPlan::fit(&c, size, least - 1).unwrap_err().to_string();
     assert!(e.contains("2048 tokens") && e.contains("MB"), "{e}");
+}
+
+#[test]
+fn activations_take_what_the_plan_says_and_little_less() {
+    let d = Device::cpu(1);
+    let m = model(&d, false);
+    let size = BatchSize { rows: 300, patches: 200, blocks: 20 };
+    for plan in [MemoryPlan { text: 0, vision: 0 }, MemoryPlan { text: 1, vision: 1 }, MemoryPlan::keep_all(&m.config)]
+    {
+        let before = d.allocated_bytes();
+        let _acts = Activations::with_room(&m, plan, size);
+        let dhidden = 4 * size.rows * m.config.hidden_size;
+        let (held, planned) = (d.allocated_bytes() - before + dhidden, plan.bytes(&m.config, size));
+        // A whole plan has no use for the set that is reused; buffers are rounded up to 64 bytes.
+        let spare = 4 * (size.rows * m.config.layer_shape().kept_values());
+        let spare = spare + 4 * size.patches * m.config.vision.layer_shape().kept_values();
+        assert!(held <= planned + 64 * 200 && planned <= held + spare, "{plan:?}: {held} of {planned}");
+    }
 }
 
 #[test]

@@ -43,28 +43,66 @@ pub struct Segments {
     pub n: usize,
 }
 
-/// Reads packed segments; asserts that they fit the rows and the pages.
-fn read_segments(
-    cu_seqlens_q: &[u32],
-    kv_lens: &[u32],
-    tables: &[u32],
-    stride: usize,
-    rows: usize,
+/// The pages and the segments of a call.
+struct Paged {
+    kv: KvLayer,
+    /// How many pages there are.
     pages: usize,
-) -> Vec<Segment> {
-    let mut segments = Vec::with_capacity(kv_lens.len());
-    for (i, &kv_len) in kv_lens.iter().enumerate() {
-        let (from, to, kv_len) = (cu_seqlens_q[i] as usize, cu_seqlens_q[i + 1] as usize, kv_len as usize);
-        assert!(
-            from <= to && to <= rows && to - from <= kv_len,
-            "segment {i}: queries {from}..{to} of {rows}, {kv_len} keys"
+    segments: Segments,
+    heads: Heads,
+}
+
+impl Paged {
+    /// Asserts that the pages are whole, and that queries of `q_stride` floats have room for their heads.
+    fn new(kv: &KvLayer, segments: &Segments, heads: Heads, q_stride: usize) -> Paged {
+        let (Heads { hkv, hd, padded, .. }, hq) = (heads, heads.hq());
+        let pages = kv.k.len() / (hkv * hd * BLOCK);
+        assert_eq!(
+            (kv.k.len(), kv.v.len()),
+            (pages * hkv * hd * BLOCK, pages * hkv * padded * BLOCK),
+            "pages of {hkv} heads of {hd}"
         );
-        assert!(kv_len <= stride * BLOCK, "segment {i}: {kv_len} keys in a table of {stride} pages");
-        let table = &tables[i * stride..][..kv_len.div_ceil(BLOCK)];
-        assert!(table.iter().all(|&p| (p as usize) < pages), "segment {i}: a page past the cache's {pages}");
-        segments.push(Segment { q_row: from, q_len: to - from, kv_len, causal: true });
+        assert!(hq * hd <= q_stride, "{hq} heads of {hd} in rows of {q_stride}");
+        Paged { kv: kv.clone(), pages, segments: segments.clone(), heads }
     }
-    segments
+
+    /// Reads the segments; asserts that they fit the rows and the pages.
+    ///
+    /// # Safety
+    /// As [`Buffer::get`].
+    unsafe fn segments(&self, rows: usize) -> Vec<Segment> {
+        let Segments { cu_seqlens_q, kv_lens, block_tables, stride, n } = &self.segments;
+        // SAFETY: by contract.
+        let (cu, kv_lens, tables) =
+            unsafe { (cu_seqlens_q.get::<u32>(), kv_lens.get::<u32>(), block_tables.get::<u32>()) };
+        let mut segments = Vec::with_capacity(*n);
+        for (i, (cu, &kv_len)) in cu[..=*n].windows(2).zip(&kv_lens[..*n]).enumerate() {
+            let (from, to, kv_len) = (cu[0] as usize, cu[1] as usize, kv_len as usize);
+            assert!(
+                from <= to && to <= rows && to - from <= kv_len,
+                "segment {i}: queries {from}..{to} of {rows}, {kv_len} keys"
+            );
+            assert!(kv_len <= stride * BLOCK, "segment {i}: {kv_len} keys in a table of {stride} pages");
+            let table = &tables[i * stride..][..kv_len.div_ceil(BLOCK)];
+            assert!(
+                table.iter().all(|&p| (p as usize) < self.pages),
+                "segment {i}: a page past the cache's {}",
+                self.pages
+            );
+            segments.push(Segment { q_row: from, q_len: to - from, kv_len, causal: true });
+        }
+        segments
+    }
+
+    /// # Safety
+    /// As [`Buffer::get`].
+    unsafe fn call<'a>(&'a self, segments: &'a [Segment]) -> Call<'a> {
+        let tables = &self.segments.block_tables;
+        // SAFETY: by contract.
+        let (k, v, tables) = unsafe { (self.kv.k.get(), self.kv.v.get(), tables.get()) };
+        let source = Source::Pages { k, v, tables, stride: self.segments.stride };
+        Call { kernels: kernels::best(), heads: self.heads, segments, source }
+    }
 }
 
 /// Reads packed windows of rows that see each other; asserts that they fit.
@@ -79,17 +117,15 @@ fn read_windows(cu_seqlens: &[u32], rows: usize, causal: bool) -> Vec<Segment> {
         .collect()
 }
 
-/// Pages of a layer; asserts that keys and values have the same number.
-fn pages(kv: &KvLayer, h: &Heads) -> usize {
-    let pages = kv.k.len() / (h.hkv * h.hd * BLOCK);
-    assert_eq!(
-        (kv.k.len(), kv.v.len()),
-        (pages * h.hkv * h.hd * BLOCK, pages * h.hkv * h.padded * BLOCK),
-        "pages of {} heads of {}",
-        h.hkv,
-        h.hd
-    );
-    pages
+/// A call on windows of the rows `x`: `[_, 3 * h * hd]`.
+fn windows_call<'a>(x: &'a [f32], heads: Heads, segments: &'a [Segment]) -> Call<'a> {
+    let width = heads.hq() * heads.hd;
+    Call {
+        kernels: kernels::best(),
+        heads,
+        segments,
+        source: Source::Rows { x, row: 3 * width, k: width, v: 2 * width },
+    }
 }
 
 /// Causal attention over pages: decode, prefill in chunks, and training are this one function.
@@ -110,10 +146,8 @@ pub fn paged_forward(
     out: &Buffer,
     lse: Option<&Buffer>,
 ) {
-    let heads = Heads::new(hq, hkv, hd, scale);
-    let pages = pages(kv, &heads);
-    assert!(hq * hd <= q_stride, "{hq} heads of {hd} in rows of {q_stride}");
-    let (q, kv, seg, out, lse) = (q.clone(), kv.clone(), seg.clone(), out.clone(), lse.cloned());
+    let paged = Paged::new(kv, seg, Heads::new(hq, hkv, hd, scale), q_stride);
+    let (q, out, lse) = (q.clone(), out.clone(), lse.cloned());
     match s.backend() {
         // SAFETY: launches run one after the other; shapes are asserted against every buffer.
         Backend::Cpu(s) => s.launch(move |pool| unsafe {
@@ -121,13 +155,9 @@ pub fn paged_forward(
             let rows = rows_of(q.len(), q_stride, hq * hd)
                 .min(out.len() / (hq * hd))
                 .min(lse.as_ref().map_or(usize::MAX, |l| l.len() / hq));
-            let tables = seg.block_tables.get::<u32>();
-            let cu = &seg.cu_seqlens_q.get::<u32>()[..=seg.n];
-            let segments = read_segments(cu, &seg.kv_lens.get::<u32>()[..seg.n], tables, seg.stride, rows, pages);
-            let source = Source::Pages { k: kv.k.get(), v: kv.v.get(), tables, stride: seg.stride };
-            let call = Call { kernels: kernels::best(), heads, segments: &segments, source };
+            let segments = paged.segments(rows);
             let lse = lse.map(|l| SendPtr(l.as_mut_ptr()));
-            let q = q.get::<f32>().as_ptr();
+            let (call, q) = (paged.call(&segments), q.get::<f32>().as_ptr());
             Forward { call, q, q_row: q_stride, out: SendPtr(out.as_mut_ptr()), lse }.run(pool);
         }),
     }
@@ -140,9 +170,9 @@ fn rows_of(len: usize, stride: usize, width: usize) -> usize {
 
 /// The backward of [`paged_forward`].
 ///
-/// `out`, `lse`: what the forward gave; `dout`: `[t, hq * hd]`; `dq`: written, in rows of `q_stride` as `q` and apart from it (other columns are left alone); `dkv`: pages
-/// of gradients in the layout of `kv`, **added to**. Segments may share pages; what they add to a page is added in the
-/// order of the segments.
+/// `out`, `lse`: what the forward gave; `dout`: `[t, hq * hd]`; `dq`: written, in rows of `q_stride` as `q` and apart from
+/// it (other columns are left alone); `dkv`: pages of gradients in the layout of `kv`, **added to**. Segments may share
+/// pages; what they add to a page is added in the order of the segments.
 pub fn paged_backward(
     s: &Stream,
     q: &Buffer,
@@ -159,11 +189,9 @@ pub fn paged_backward(
     dq: &Buffer,
     dkv: &KvLayer,
 ) {
-    let heads = Heads::new(hq, hkv, hd, scale);
-    let pages = pages(kv, &heads);
-    assert!(hq * hd <= q_stride, "{hq} heads of {hd} in rows of {q_stride}");
+    let paged = Paged::new(kv, seg, Heads::new(hq, hkv, hd, scale), q_stride);
     assert_eq!((kv.k.len(), kv.v.len()), (dkv.k.len(), dkv.v.len()), "gradient pages of another shape");
-    let (q, kv, seg, out, lse) = (q.clone(), kv.clone(), seg.clone(), out.clone(), lse.clone());
+    let (q, out, lse) = (q.clone(), out.clone(), lse.clone());
     let (dout, dq, dkv) = (dout.clone(), dq.clone(), dkv.clone());
     match s.backend() {
         // SAFETY: launches run one after the other; shapes are asserted against every buffer.
@@ -171,12 +199,9 @@ pub fn paged_backward(
             let rows = rows_of(q.len().min(dq.len()), q_stride, hq * hd)
                 .min(out.len().min(dout.len()) / (hq * hd))
                 .min(lse.len() / hq);
-            let tables = seg.block_tables.get::<u32>();
-            let cu = &seg.cu_seqlens_q.get::<u32>()[..=seg.n];
-            let segments = read_segments(cu, &seg.kv_lens.get::<u32>()[..seg.n], tables, seg.stride, rows, pages);
-            let source = Source::Pages { k: kv.k.get(), v: kv.v.get(), tables, stride: seg.stride };
+            let segments = paged.segments(rows);
             Backward {
-                call: Call { kernels: kernels::best(), heads, segments: &segments, source },
+                call: paged.call(&segments),
                 q: q.get::<f32>().as_ptr(),
                 q_row: q_stride,
                 out: out.get::<f32>().as_ptr(),
@@ -217,8 +242,7 @@ pub fn varlen_forward(
             let rows =
                 (x.len() / (3 * width)).min(out.len() / width).min(lse.as_ref().map_or(usize::MAX, |l| l.len() / h));
             let segments = read_windows(cu_seqlens.get::<u32>(), rows, causal);
-            let source = Source::Rows { x, row: 3 * width, k: width, v: 2 * width };
-            let call = Call { kernels: kernels::best(), heads, segments: &segments, source };
+            let call = windows_call(x, heads, &segments);
             let lse = lse.map(|l| SendPtr(l.as_mut_ptr()));
             Forward { call, q: x.as_ptr(), q_row: 3 * width, out: SendPtr(out.as_mut_ptr()), lse }.run(pool);
         }),
@@ -254,12 +278,7 @@ pub fn varlen_backward(
             let segments = read_windows(cu_seqlens.get::<u32>(), rows, causal);
             let dx = SendPtr(dqkv.get_mut::<f32>().as_mut_ptr());
             Backward {
-                call: Call {
-                    kernels: kernels::best(),
-                    heads,
-                    segments: &segments,
-                    source: Source::Rows { x, row: 3 * width, k: width, v: 2 * width },
-                },
+                call: windows_call(x, heads, &segments),
                 q: x.as_ptr(),
                 q_row: 3 * width,
                 out: out.get::<f32>().as_ptr(),

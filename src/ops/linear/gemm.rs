@@ -6,9 +6,10 @@
 //! close too. Between cuts the exact accumulators are stored and loaded again: neither the cut nor the shape of the tiles
 //! nor the thread that runs them can be seen in a result.
 
-use super::kernel::{Finish, Isa, MAX_PANELS, MAX_ROWS, PANEL, Tile};
+use super::kernel::{Finish, MAX_PANELS, MAX_ROWS, PANEL, Tile};
 use super::transpose::{ABREAST, gather_abreast, gather_rows, transpose};
 use crate::device::{Pool, SendPtr};
+use crate::ops::simd::Isa;
 use std::cell::Cell;
 
 /// Steps of the sum per cut: two panels of it, 64 KiB, stay close while the rows of a block go by.

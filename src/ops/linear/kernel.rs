@@ -3,6 +3,8 @@
 //! Every instruction set does the same arithmetic: one fused multiply-add per output and step. Which of them runs
 //! therefore never shows in a result.
 
+use crate::ops::simd::Isa;
+
 /// Outputs per panel of a packed weight: the lanes of one AVX-512 register, two of AVX2.
 pub const PANEL: usize = 16;
 
@@ -14,50 +16,10 @@ const AHEAD: usize = 64 * PANEL;
 /// Panels of the widest tile of any instruction set.
 pub(super) const MAX_PANELS: usize = 4;
 
-/// What to compute with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Isa {
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    Portable,
-}
-
 impl Isa {
-    /// The best that this machine has. The standard library caches the detection.
-    pub fn detect() -> Isa {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512f") {
-                return Isa::Avx512;
-            }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return Isa::Avx2;
-            }
-        }
-        Isa::Portable
-    }
-
-    /// All that this machine has, for tests that compare them.
-    #[cfg(test)]
-    pub fn available() -> Vec<Isa> {
-        let mut all = vec![Isa::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                all.push(Isa::Avx2);
-            }
-            if is_x86_feature_detected!("avx512f") {
-                all.push(Isa::Avx512);
-            }
-        }
-        all
-    }
-
     /// Rows of the tallest tile. With two panels (AVX-512: 24 of 32 registers) or one (AVX2: 12 of 16) the accumulators
     /// fill the register file but for the operands.
-    pub fn max_rows(self) -> usize {
+    pub(super) fn max_rows(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => 12,
@@ -69,7 +31,7 @@ impl Isa {
 
     /// How many panels a tile of `rows` rows is wide: enough accumulators in flight to cover the latency of the
     /// multiply-add (4 cycles), few enough to stay in registers. A power of two.
-    pub fn panels(self, rows: usize) -> usize {
+    pub(super) fn panels(self, rows: usize) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => match rows {
@@ -87,7 +49,7 @@ impl Isa {
     }
 
     /// The kernel for a tile of `rows` rows and `panels` panels, a power of two not above [`Isa::panels`].
-    pub fn kernel(self, rows: usize, panels: usize) -> Kernel {
+    pub(super) fn kernel(self, rows: usize, panels: usize) -> Kernel {
         macro_rules! table {
             ($f:ident: $(($r:literal, $p:literal))*) => {
                 match (rows, panels) {
@@ -113,7 +75,7 @@ impl Isa {
     ///
     /// # Safety
     /// The pointers cover the extents or are null, and nothing else writes them meanwhile.
-    pub unsafe fn finish(self, f: &Finish) {
+    pub(super) unsafe fn finish(self, f: &Finish) {
         // SAFETY: by contract; this machine has the instruction set.
         unsafe {
             match self {

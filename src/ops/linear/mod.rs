@@ -19,9 +19,9 @@ pub(super) mod transpose;
 
 pub use kernel::PANEL;
 
+use super::simd::Isa;
 use crate::device::{Backend, Buffer, Pool, SendPtr, Stream};
 use gemm::{Left, Out, Product, SLAB, spread, with_scratch};
-use kernel::Isa;
 use transpose::{ABREAST, gather_abreast, gather_rows, transpose};
 
 /// A packed weight, trainable or not.
@@ -85,11 +85,12 @@ fn check(w: &Weight) {
     assert!(w.data.len() == packed_len(w.n, w.k), "a weight [{}, {}] in {:?}", w.n, w.k, w.data);
 }
 
-/// `y[m, n] = x[m, k] W^T`, plus what the epilogue says. `y` must not overlap `x`.
+/// `y[m, n] = x[m, k] W^T`, plus what the epilogue says. Panics if `y` overlaps `x`.
 pub fn forward(s: &Stream, x: &Buffer, w: &Weight, epilogue: Epilogue, y: &Buffer, m: usize) {
     check(w);
     let (n, k) = (w.n, w.k);
     assert!(x.len() >= m * k && y.len() >= m * n, "{m} rows of a weight [{n}, {k}]: x is {x:?}, y is {y:?}");
+    assert!(!y.overlaps(x), "y apart from x");
     let (bias, residual) = match epilogue {
         Epilogue::None => (None, None),
         Epilogue::Bias(b) => (Some(b.clone()), None),
@@ -101,7 +102,7 @@ pub fn forward(s: &Stream, x: &Buffer, w: &Weight, epilogue: Epilogue, y: &Buffe
     let (x, w, y) = (x.clone(), w.clone(), y.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
-            // SAFETY: lengths were checked, the stream orders writers, and the caller keeps `y` apart from `x`.
+            // SAFETY: lengths were checked, the stream orders writers, and `y` is apart from `x`.
             unsafe {
                 let null = std::ptr::null();
                 let bias = bias.map_or(null, |b| b.get::<f32>().as_ptr());
@@ -129,9 +130,10 @@ pub fn backward_input(s: &Stream, dy: &Buffer, w: &Weight, dx: &Buffer, m: usize
     check(w);
     let (n, k) = (w.n, w.k);
     assert!(dy.len() >= m * n && dx.len() >= m * k, "{m} rows of a weight [{n}, {k}]: dy is {dy:?}, dx is {dx:?}");
+    assert!(!dx.overlaps(dy), "dx apart from dy");
     let (dy, w, dx) = (dy.clone(), w.clone(), dx.clone());
     match s.backend() {
-        // SAFETY: lengths were checked, the stream orders writers, and the caller keeps `dx` apart from `dy`.
+        // SAFETY: lengths were checked, the stream orders writers, and `dx` is apart from `dy`.
         Backend::Cpu(s) => s.launch(move |pool| unsafe {
             let (dy, w, dx) = (dy.get::<f32>(), w.data.get::<f32>(), dx.get_mut::<f32>());
             backward_input_on(pool, Isa::detect(), dy, w, dx.as_mut_ptr(), m, n, k, accumulate);
@@ -210,7 +212,7 @@ const SIDE: usize = 4;
 /// multiple of [`PANEL`].
 const PART: usize = 4096;
 /// Rows of a batch that [`backward_weight`] takes at a time, for the same reason.
-const BATCH: usize = 512;
+pub(super) const BATCH: usize = 512;
 
 /// `dW += dy[m, n]^T x[m, k]`, `dw` packed like the weight: sums over ascending rows that start from `dw`.
 ///

@@ -211,7 +211,8 @@ pub fn logprobs(
 
 /// The loss of each entry, and the gradients of `sum of weight * loss`: `dhidden += ..` `[t, head.k]` and, where the head
 /// is trained, `dhead += ..` (packed like the head). `weight` is f32 `[n]`. A loss that is not finite comes out as it is;
-/// so do its gradients.
+/// so do its gradients, with one exception: a target that is forbidden has the log-probability -inf and under
+/// [`Objective::Nll`] an infinite loss, but a finite gradient, which takes its logit for one outside the softmax.
 pub fn forward_backward(
     s: &Stream,
     hidden: &Buffer,
@@ -367,7 +368,7 @@ fn block_gradient_body<const FMA: bool>(x: &mut [f32], words: &[u32], at: &[AtTe
         to[..n].copy_from_slice(&d[..n]);
     }
 }
-multiversion!(fn block_gradient(x: &mut [f32], words: &[u32], at: &[AtTemperature]) = block_gradient_body);
+multiversion!(fn block_gradient(x: &mut [f32], words: &[u32], at: &[AtTemperature]) = block_gradient_body, "avx2,fma");
 
 /// An entry's loss and its derivative.
 struct Term {

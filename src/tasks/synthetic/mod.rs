@@ -27,7 +27,7 @@ use self::config::MARGIN;
 use self::draw::{Area, Shape};
 use self::rng::Rng;
 use super::mat::{self, Row};
-use super::{Degradation, Example, Split};
+use super::{Degradation, Example, Split, read_image};
 use crate::tools::python::environment;
 use crate::{Error, Result};
 
@@ -356,12 +356,5 @@ fn load_photographs(folder: &Path) -> Result<Vec<RgbImage>> {
             "put some there, or leave `photographs` out",
         ));
     }
-    let decode = |path: &std::path::PathBuf| {
-        let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-        let image = image::load_from_memory(&bytes).map_err(|e| {
-            Error::input(format!("{}: cannot be decoded as an image: {e}", path.display()), "remove or replace it")
-        })?;
-        Ok(image.to_rgb8())
-    };
-    files.iter().map(decode).collect()
+    files.iter().map(|path| read_image(path, "a photograph")).collect()
 }

@@ -88,6 +88,8 @@ impl Ended {
 enum Stopped {
     Output,
     Cpu,
+    /// At the limit by the clock, and it was not the machine that held it up.
+    Resting,
     Wall,
 }
 
@@ -117,9 +119,10 @@ impl Drop for Scratch {
 
 /// Runs `call` in a child of `zygote`, with `number` naming its scratch folder.
 pub(super) fn run(zygote: &Zygote, call: &ToolCall, number: u64) -> Result<ToolResult, Failure> {
-    let begun = Instant::now();
     let system = |what: &'static str| move |e: std::io::Error| Failure::Again(format!("{what}: {e}"));
     zygote.ensure().map_err(Failure::Again)?; // makes the folder
+    // A process that had to be started first takes nothing from what the call may have.
+    let begun = Instant::now();
     let scratch = Scratch::new(zygote.folder().join(number.to_string())).map_err(system("its scratch folder"))?;
     let source = write_source(call, &scratch.0).map_err(system("a memory file for the input"))?;
     let target = sys::memory_file().map_err(system("a memory file for the answer"))?;
@@ -134,6 +137,7 @@ pub(super) fn run(zygote: &Zygote, call: &ToolCall, number: u64) -> Result<ToolR
         out: Capture::new(out, call.limits.output),
         err: Capture::new(err, call.limits.output),
         started: false,
+        child: None,
         clock: None,
         cpu_limit: call.limits.cpu,
         stopped: None,
@@ -187,6 +191,8 @@ struct Watch {
     err: Capture,
     /// The child's limits hold and the model's code has begun: from then on what happens to it is the code's doing.
     started: bool,
+    /// The child's process id, once the model's code has begun, and when that was.
+    child: Option<(i32, Instant)>,
     /// The child's processor time.
     clock: Option<sys::CpuClock>,
     cpu_limit: Duration,
@@ -216,7 +222,8 @@ impl Watch {
                 if self.stopped.is_some() {
                     return Err(format!("it did not end a call within {PATIENCE:?} of being told to"));
                 }
-                self.stop(Stopped::Wall, &mut deadline);
+                let rests = self.child.is_some_and(|(pid, begun)| sys::rests(pid, begun.elapsed()));
+                self.stop(if rests { Stopped::Resting } else { Stopped::Wall }, &mut deadline);
             }
             for (bit, capture) in [(2, &mut self.out), (4, &mut self.err)] {
                 if ready & bit != 0 {
@@ -233,7 +240,9 @@ impl Watch {
                     b"" => return Err("it died during a call".into()),
                     [b's', b't', b'a', b'r', b't', b'e', b'd', pid @ ..] => {
                         self.started = true;
-                        self.clock = pid.try_into().ok().and_then(|pid| sys::CpuClock::of(i32::from_ne_bytes(pid)));
+                        let pid = pid.try_into().ok().map(i32::from_ne_bytes);
+                        self.child = pid.map(|pid| (pid, Instant::now()));
+                        self.clock = pid.and_then(sys::CpuClock::of);
                     }
                     message => match Ended::parse(message) {
                         Some(ended) => {
@@ -323,7 +332,12 @@ fn interpret(
         Some(Stopped::Output) => return none(Outcome::OutputLimit),
         Some(_) if !killed => {} // it ended by itself just before it was to be stopped
         Some(Stopped::Cpu) => return none(Outcome::CpuLimit),
-        Some(Stopped::Wall) if used_up => return none(Outcome::CpuLimit),
+        Some(Stopped::Wall | Stopped::Resting) if used_up => return none(Outcome::CpuLimit),
+        // Else code could wait until its episode counts nowhere, rather than fail.
+        Some(Stopped::Resting) => {
+            let what = format!("The code waited without computing and was stopped after {:?}.", call.limits.wall);
+            return none(Outcome::ProgramError(what));
+        }
         Some(Stopped::Wall) => {
             return Err(Failure::Final(format!(
                 "a call was not done after {:?} by the clock, of which {:?} were processor time: \
@@ -446,6 +460,8 @@ mod tests {
         let wall = Some(Stopped::Wall);
         assert!(matches!(outcome(ended(libc::SIGKILL, 2, 0, false), wall, ""), Err(Failure::Final(_))));
         assert_eq!(outcome(ended(libc::SIGKILL, 10, 0, false), wall, "").unwrap(), Outcome::CpuLimit);
+        let rested = outcome(ended(libc::SIGKILL, 0, 0, false), Some(Stopped::Resting), "").unwrap();
+        assert_eq!(rested.message(), "The code waited without computing and was stopped after 120s.");
         assert_eq!(
             outcome(ended(libc::SIGKILL, 0, 0, false), Some(Stopped::Output), "").unwrap(),
             Outcome::OutputLimit

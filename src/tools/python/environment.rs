@@ -250,11 +250,20 @@ fn step(bar: &ProgressBar, command: &mut Command, hint: &str) -> Result<()> {
         .spawn()
         .map_err(|e| fail(format!("could not be started: {e}")))?;
     let stderr = child.stderr.take();
-    let errors = std::thread::spawn(move || {
+    let errors = std::thread::Builder::new().spawn(move || {
         let mut text = Vec::new();
         let _ = stderr.map(|mut s| s.read_to_end(&mut text));
         text
     });
+    let errors = match errors {
+        Ok(thread) => thread,
+        Err(e) => {
+            // Nobody would read what it says, and it could wait for that for ever.
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(Error::no_thread("the thread that reads what a command says", e));
+        }
+    };
     let mut last = VecDeque::new();
     for line in child.stdout.take().map(BufReader::new).into_iter().flat_map(|out| out.lines()).map_while(|l| l.ok()) {
         bar.set_message(line.chars().take(90).collect::<String>());

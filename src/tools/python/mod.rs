@@ -28,7 +28,8 @@
 //! # What holds a call
 //! Limits on processor time, address space, file size, output and open files; no further processes or threads; a
 //! scratch folder of its own, removed afterwards; an empty environment; no descriptors but its own; the end of its process group when
-//! it ends. `time.sleep` returns at once, as only processor time is limited. Where varft runs as root, each call runs as a user of its
+//! it ends. `time.sleep` returns at once, as only processor time is limited; code that waits in another way until the limit by
+//! the clock has failed, while code that the machine left no time to run is a failure of the machinery. Where varft runs as root, each call runs as a user of its
 //! own without root's rights, except to read files. **Not yet held**: reading files and using the network as the user that
 //! runs varft, and where that is not root also writing files and signalling processes as that user. That takes namespaces, Landlock and seccomp, behind the same interface.
 

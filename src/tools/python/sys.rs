@@ -151,9 +151,45 @@ impl CpuClock {
     }
 }
 
+/// Whether process `pid` is at rest by its own doing: it sleeps or has stopped itself, and of the `wall` time that it has had,
+/// it spent less than half computing or waiting for a processor. One that a busy machine keeps from running, or a disk,
+/// is not; nor one that cannot be looked at.
+pub(super) fn rests(pid: libc::pid_t, wall: Duration) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name stands in parentheses and may hold anything; the state follows the last one.
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+    let times = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap_or_default();
+    let mut times = times.split_whitespace().map_while(|t| t.parse().ok()).map(Duration::from_nanos);
+    let (Some(state), Some(computing), Some(waiting)) = (state, times.next(), times.next()) else { return false };
+    matches!(state, 'S' | 'T') && computing + waiting < wall / 2
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sleep_is_told_from_a_lack_of_processor_time() {
+        use std::process::{Command, Stdio};
+        let sh = |code: &str| Command::new("sh").args(["-c", code]).stdin(Stdio::piped()).spawn().unwrap();
+        let begun = Instant::now();
+        let (mut asleep, mut busy, mut stopped) = (sh("read x"), sh("while :; do :; done"), sh("kill -STOP $$"));
+        let second = Duration::from_secs(1);
+        std::thread::sleep(second);
+        let state = |c: &std::process::Child| rests(c.id() as i32, begun.elapsed());
+        // On a busy machine even the start of a process takes its time.
+        while !(state(&asleep) && state(&stopped)) && begun.elapsed() < 60 * second {
+            std::thread::sleep(second / 10);
+        }
+        assert!(state(&asleep) && state(&stopped) && !state(&busy));
+        // As if it had been kept waiting for a processor all the time.
+        assert!(!rests(asleep.id() as i32, Duration::ZERO));
+        for child in [&mut asleep, &mut busy, &mut stopped] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert!(!rests(child.id() as i32, second), "gone");
+        }
+    }
 
     #[test]
     fn the_processor_time_of_a_process_grows_with_its_work() {
