@@ -9,6 +9,8 @@
 
 mod buffer;
 mod cpu;
+#[doc(hidden)] // for the emulator's tests: ops do not use it yet
+pub mod emulated;
 mod pool;
 
 pub use buffer::{Buffer, DType, Element};

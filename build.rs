@@ -1,0 +1,140 @@
+//! Compiles the CUDA kernels for the host, with the emulator that runs them, into static libraries.
+//!
+//! The compiler is `CXX`, or else the first of g++ and c++ on the `PATH`. Without one the crate builds all the same and says
+//! what is missing; so it does with `VARFT_EMULATOR=0`. Code is for any x86-64; what is faster on newer processors is chosen
+//! at run time.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Bits must not depend on the processor, so nothing is contracted into fused multiply-adds that the source doesn't ask for.
+const FLAGS: [&str; 8] =
+    ["-std=c++17", "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"];
+/// Makes the compiler call the emulator at every access of memory; the return address of each call is its place in the code.
+const KERNEL_FLAGS: [&str; 4] = ["-xc++", "-fsanitize=thread", "-fno-optimize-sibling-calls", "-Wno-psabi"];
+
+fn main() {
+    println!("cargo::rustc-check-cfg=cfg(emulator)");
+    for dir in ["build.rs", "kernels", "tests/kernels"] {
+        println!("cargo::rerun-if-changed={dir}");
+    }
+    for var in ["CXX", "PATH", "VARFT_EMULATOR"] {
+        println!("cargo::rerun-if-env-changed={var}");
+    }
+    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap());
+    let out = PathBuf::from(env::var_os("OUT_DIR").unwrap());
+    match missing() {
+        Some(what) => println!("cargo::warning=built without the CUDA emulator: {what}"),
+        None => match build(&root, &out) {
+            Ok(()) => println!("cargo::rustc-cfg=emulator"),
+            // An emulator that silently isn't there would be tests that silently don't run.
+            Err(why) => println!("cargo::error=the CUDA emulator: {why} (VARFT_EMULATOR=0 builds without it)"),
+        },
+    }
+}
+
+/// Why this build can have no emulator.
+fn missing() -> Option<&'static str> {
+    let target = |what: &str| env::var(format!("CARGO_CFG_TARGET_{what}")).unwrap_or_default();
+    if env::var_os("VARFT_EMULATOR").is_some_and(|v| v == "0") {
+        Some("VARFT_EMULATOR is 0")
+    } else if (target("ARCH").as_str(), target("OS").as_str()) != ("x86_64", "linux")
+        || env::var("HOST") != env::var("TARGET")
+    {
+        Some("it runs on x86-64 Linux, built on the same machine")
+    } else if compiler().is_none() {
+        Some("no C++ compiler was found (install g++, or set CXX, and build again)")
+    } else {
+        None
+    }
+}
+
+fn build(root: &Path, out: &Path) -> Result<(), String> {
+    let compiler = compiler().ok_or("no C++ compiler")?;
+    let kernels = root.join("kernels");
+    let emulator = files(&kernels.join("emulator"), "cpp")?;
+    library(&compiler, out, "varft_kernels", &emulator, &files(&kernels, "cu")?, &kernels)?;
+    let tests = root.join("tests/kernels");
+    if tests.is_dir() {
+        library(&compiler, out, "varft_test_kernels", &[], &files(&tests, "cu")?, &kernels)?;
+    }
+    println!("cargo::rustc-link-search=native={}", out.display());
+    println!("cargo::rustc-link-lib=static=varft_kernels");
+    link_standard_library(&compiler);
+    Ok(())
+}
+
+fn compiler() -> Option<OsString> {
+    let works = |c: &OsString| Command::new(c).arg("--version").output().is_ok_and(|o| o.status.success());
+    env::var_os("CXX").into_iter().chain(["g++".into(), "c++".into()]).find(works)
+}
+
+fn files(dir: &Path, extension: &str) -> Result<Vec<PathBuf>, String> {
+    let entries = std::fs::read_dir(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    let mut found: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
+    found.retain(|p| p.extension().is_some_and(|e| e == extension));
+    found.sort();
+    Ok(found)
+}
+
+/// One object in an archive: whoever uses a part of it gets all of it, with the kernels' entries in the table of names.
+fn library(
+    compiler: &OsString,
+    out: &Path,
+    name: &str,
+    sources: &[PathBuf],
+    kernels: &[PathBuf],
+    include: &Path,
+) -> Result<(), String> {
+    let mut objects = vec![];
+    let mut commands = vec![];
+    for (i, source) in sources.iter().chain(kernels).enumerate() {
+        let object = out.join(format!("{name}-{}.o", source.file_name().unwrap_or_default().to_string_lossy()));
+        let mut command = Command::new(compiler);
+        command.args(FLAGS);
+        if i >= sources.len() {
+            command.args(KERNEL_FLAGS).arg("-I").arg(include);
+        }
+        command.arg("-c").arg(source).arg("-o").arg(&object);
+        objects.push(object);
+        commands.push(command);
+    }
+    let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    for some in commands.chunks_mut(jobs) {
+        let children: Vec<_> = some.iter_mut().map(|c| c.spawn()).collect();
+        for (child, command) in children.into_iter().zip(some) {
+            done(child.and_then(|mut c| c.wait()), command)?;
+        }
+    }
+    let (whole, archive) = (out.join(format!("{name}.o")), out.join(format!("lib{name}.a")));
+    let mut link = Command::new(compiler);
+    link.args(["-r", "-nostdlib", "-o"]).arg(&whole).args(&objects);
+    done(link.status(), &link)?;
+    let _ = std::fs::remove_file(&archive);
+    let mut pack = Command::new("ar");
+    pack.arg("crs").arg(&archive).arg(&whole);
+    done(pack.status(), &pack)
+}
+
+fn done(status: std::io::Result<std::process::ExitStatus>, command: &Command) -> Result<(), String> {
+    match status {
+        Ok(s) if s.success() => Ok(()),
+        Ok(s) => Err(format!("{command:?} ended with {s}")),
+        Err(e) => Err(format!("{command:?}: {e}")),
+    }
+}
+
+/// Statically where there is a static one: the program then starts where there is no C++.
+fn link_standard_library(compiler: &OsString) {
+    let file = Command::new(compiler).arg("-print-file-name=libstdc++.a").output();
+    let path = PathBuf::from(file.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()).unwrap_or_default());
+    match path.parent() {
+        Some(dir) if path.is_absolute() => {
+            println!("cargo::rustc-link-search=native={}", dir.display());
+            println!("cargo::rustc-link-lib=static:-bundle=stdc++");
+        }
+        _ => println!("cargo::rustc-link-lib=stdc++"),
+    }
+}

@@ -1,0 +1,63 @@
+// Loads and stores of 16 bytes: the widest that one thread makes. Addresses are aligned to 16 bytes.
+#pragma once
+#include "device.cuh"
+
+struct alignas(16) bf16x8 {
+  bf16 at[8];
+};
+
+struct alignas(16) f32x4 {
+  float at[4];
+};
+
+template <class V, class T>
+__device__ __forceinline__ V load16(const T* from) {
+  static_assert(sizeof(V) == 16, "16 bytes");
+#ifdef __CUDACC__
+  const uint4 bits = *reinterpret_cast<const uint4*>(from);
+  return *reinterpret_cast<const V*>(&bits);
+#else
+  const emulator::Bits16 bits = emulator::load16(from);
+  V value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+template <class V, class T>
+__device__ __forceinline__ void store16(T* to, const V& value) {
+  static_assert(sizeof(V) == 16, "16 bytes");
+#ifdef __CUDACC__
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&value);
+#else
+  emulator::Bits16 bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  emulator::store16(to, bits);
+#endif
+}
+
+// The 8 elements that start at `column` of a row of `columns`, as f32, zeros past its end. `aligned`: every row starts at a
+// multiple of 16 bytes, so that whole vectors can be loaded at once. The values are the same either way.
+__device__ __forceinline__ void load8(float (&to)[8], const bf16* row, int column, int columns, bool aligned) {
+  if (aligned && column + 8 <= columns) {
+    const bf16x8 v = load16<bf16x8>(row + column);
+#pragma unroll
+    for (int i = 0; i < 8; i++) to[i] = to_float(v.at[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) to[i] = column + i < columns ? to_float(row[column + i]) : 0.0f;
+  }
+}
+
+__device__ __forceinline__ void store8(bf16* row, int column, int columns, bool aligned, const float (&from)[8]) {
+  if (aligned && column + 8 <= columns) {
+    bf16x8 v;
+#pragma unroll
+    for (int i = 0; i < 8; i++) v.at[i] = to_bf16(from[i]);
+    store16(row + column, v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (column + i < columns) row[column + i] = to_bf16(from[i]);
+  }
+}
