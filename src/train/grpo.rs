@@ -35,9 +35,9 @@ pub enum Finished {
 /// folder shows something else each time.
 ///
 /// # Errors
-/// [`Error::Input`] where `algo.beta` is not 0 and there is no reference. Whatever fails later; the run's folder is whole then,
-/// and the last complete step is saved, if that can be done and its weights are still there (they are not where an update
-/// failed after another of its step).
+/// [`Error::Input`] where `algo.beta` is not 0 and there is no reference, or where groups of one leave nothing to learn from.
+/// Whatever fails later; the run's folder is whole then, and the last complete step is saved, if that can be done and its
+/// weights are still there (they are not where an update failed after another of its step).
 pub fn train(
     config: &RunConfig,
     setup: &Setup,
@@ -49,6 +49,12 @@ pub fn train(
         return Err(Error::input(
             "algo.beta ties the policy to a reference, and there is none",
             "give one, or set beta to 0",
+        ));
+    }
+    if config.algo.beta == 0.0 && config.rollout.group_size == 1 {
+        return Err(Error::input(
+            "rollout.group_size is 1, and a completion that is compared with no other has no advantage",
+            "set it to 2 or more, such as 8",
         ));
     }
     let schedule = Schedule::new(&config.optim);
