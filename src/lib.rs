@@ -17,6 +17,7 @@
 //! | [`cli`] | the commands of the `varft` binary |
 
 mod error;
+mod files;
 
 /// `eprintln!` for a terminal that may be gone: what is said in passing must not end a run.
 macro_rules! note {

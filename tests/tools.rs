@@ -53,6 +53,25 @@ fn limited(code: &str, limits: Limits) -> ToolResult {
 // ---- what code finds and what comes back
 
 #[test]
+fn all_files_together_have_a_limit_and_many_folders_hold_up_nobody() {
+    let small = Limits { file: 1 << 20, ..Limits::default() };
+    let write = "for i in range(9): open(str(i), 'wb').write(b'x' * 900000)\n";
+    assert_eq!(limited(write, small.clone()).outcome, Outcome::ScratchLimit);
+    let endless = format!("{write}while True: pass");
+    let result = limited(&endless, small.clone());
+    assert_eq!(result.outcome, Outcome::ScratchLimit);
+    assert!(result.usage.cpu < small.cpu, "stopped while it ran: {:?}", result.usage);
+    let deep = "import os\nfor i in range(3000):\n  os.mkdir('d'); os.chdir('d')";
+    assert_eq!(limited(deep, Limits::default()).outcome, Outcome::Ok);
+}
+
+#[test]
+fn text_that_is_no_unicode_reaches_the_model_escaped() {
+    let result = limited("raise Exception('\\ud800!')", Limits::default());
+    assert!(result.outcome.message().ends_with("Exception: \\ud800!\n"), "{:?}", result.outcome);
+}
+
+#[test]
 fn the_image_is_there_as_array_and_file_and_comes_back_exactly() {
     let turned = image::imageops::rotate180(&*picture(40, 30));
     for code in [

@@ -51,6 +51,22 @@ impl Conversations {
         Ok(Conversations { path: path.to_path_buf(), items })
     }
 
+    /// Looks whether every image is there, without reading it: the training should not be what finds out, hours later.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the line and the first image that is no file.
+    pub fn check_images(&self) -> Result<()> {
+        for item in &self.items {
+            if let Some(image) = item.images.iter().find(|image| !image.is_file()) {
+                return Err(Error::input(
+                    format!("{}, line {}: there is no image {}", self.path.display(), item.line, image.display()),
+                    "correct the path (it is relative to the file), or remove the line",
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// How many there are; at least 1.
     pub fn count(&self) -> usize {
         self.items.len()
@@ -206,6 +222,14 @@ mod tests {
         let path = dir.path().join("talk.jsonl");
         std::fs::write(&path, text).unwrap();
         Conversations::open(&path)
+    }
+
+    #[test]
+    fn an_image_that_is_not_there_is_named_with_its_line() {
+        let talk = r#"
+[{"role":"user","content":[{"type":"image","image":"x.png"}]},{"role":"assistant","content":"c"}]"#;
+        let e = open(talk).unwrap().check_images().unwrap_err().to_string();
+        assert!(e.contains("talk.jsonl, line 2: ") && e.contains("x.png") && e.contains("to mend it"), "{e}");
     }
 
     #[test]

@@ -38,6 +38,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         "" => None,
         path => Some(Conversations::open(Path::new(path))?),
     };
+    source.as_ref().map_or(Ok(()), Conversations::check_images)?;
     let loaded = Loaded::new(&config, session.weights())?;
     let forbidden = placeholders(&loaded.model.config, Some(&loaded.tokenizer));
     let mut learner = loaded.learner(&config, Source::Conversations, &forbidden)?;

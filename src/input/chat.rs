@@ -130,7 +130,7 @@ impl ChatTemplate {
     /// When a file that is there cannot be read or does not parse.
     pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        let read = |name: &str| match std::fs::read_to_string(dir.join(name)) {
+        let read = |name: &str| match crate::files::read_to_string(&dir.join(name)) {
             Ok(text) => Ok(Some((text, dir.join(name)))),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Error::io("read the chat template", dir.join(name), e)),
@@ -173,6 +173,8 @@ impl ChatTemplate {
         let syntax = minijinja::syntax::SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         env.set_syntax(syntax.map_err(|e| Error::internal(e.to_string()))?);
         env.set_unknown_method_callback(python_method);
+        // A template that loops without end fails within a second; a long conversation takes some thousands of these.
+        env.set_fuel(Some(10_000_000));
         env.add_function("raise_exception", |message: String| -> std::result::Result<String, minijinja::Error> {
             Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
         });

@@ -49,7 +49,7 @@ impl ImageProcessor {
     pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
         for (name, field) in [("preprocessor_config.json", None), ("processor_config.json", Some("image_processor"))] {
             let path = dir.as_ref().join(name);
-            let text = match std::fs::read_to_string(&path) {
+            let text = match crate::files::read_to_string(&path) {
                 Ok(text) => text,
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(e) => return Err(Error::io("read the image settings", &path, e)),

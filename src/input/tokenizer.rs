@@ -1,9 +1,10 @@
-use std::panic::catch_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use tokenizers::DecoderWrapper;
 
+use crate::error::panic_message;
 use crate::{Error, Result};
 
 /// Ids of the control tokens of Qwen2.5-VL, looked up by name (they differ between tokenizers of one family).
@@ -41,6 +42,8 @@ impl SpecialIds {
 /// Safe to share between threads. Ids are `u32`; an id the tokenizer does not know decodes to nothing (a model's
 /// vocabulary is padded beyond its tokenizer's).
 pub struct Tokenizer {
+    /// Where it came from, for errors.
+    name: String,
     inner: tokenizers::Tokenizer,
     /// The same, but reading control tokens in the text as plain text; made when first needed.
     plain: OnceLock<tokenizers::Tokenizer>,
@@ -62,7 +65,7 @@ impl Tokenizer {
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let file: PathBuf = if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
-        let bytes = std::fs::read(&file).map_err(|e| match e.kind() {
+        let bytes = crate::files::read(&file).map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => Error::input(
                 format!("{}: there is no tokenizer here", file.display()),
                 "copy tokenizer.json from the model's own repository (such as Qwen/Qwen2.5-VL-3B-Instruct) into this folder",
@@ -153,7 +156,16 @@ impl Tokenizer {
             image_pad: id("<|image_pad|>")?,
             video_pad: id("<|video_pad|>")?,
         };
-        Ok(Tokenizer { inner, plain: OnceLock::new(), special, special_texts, bytes, ends, is_special })
+        Ok(Tokenizer {
+            name: name.to_owned(),
+            inner,
+            plain: OnceLock::new(),
+            special,
+            special_texts,
+            bytes,
+            ends,
+            is_special,
+        })
     }
 
     /// Ids of the control tokens.
@@ -183,7 +195,7 @@ impl Tokenizer {
 
     /// Text to ids; control tokens in the text become their ids. For text that we wrote (templates).
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        encode_with(&self.inner, text)
+        self.encode_with(&self.inner, text)
     }
 
     /// Text to ids; a control token in the text is only characters. For text that others wrote (users, tools, pages),
@@ -197,7 +209,26 @@ impl Tokenizer {
             t.set_encode_special_tokens(true);
             t
         });
-        encode_with(plain, text)
+        self.encode_with(plain, text)
+    }
+
+    fn encode_with(&self, tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>> {
+        // Some files that load (a normalizer that replaces the empty text) panic here. Nothing is changed by then but a
+        // cache, which the crate guards itself.
+        let encoded = catch_unwind(AssertUnwindSafe(|| tokenizer.encode_fast(text, false))).map_err(|panic| {
+            Error::input(
+                format!("{}: this tokenizer fails on text: {}", self.name, panic_message(&*panic)),
+                "use the tokenizer.json of the model's own repository; its normalizer or pre-tokenizer is broken",
+            )
+        })?;
+        let encoding = encoded.map_err(|e| {
+            let start: String = text.chars().take(40).collect();
+            Error::input(
+                format!("the text that begins with {start:?} cannot be tokenised: {e}"),
+                "shorten or split the text",
+            )
+        })?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// The bytes a token stands for; empty for an id the tokenizer does not know. Not always whole UTF-8 characters.
@@ -226,17 +257,6 @@ impl Tokenizer {
             Err(e) => String::from_utf8_lossy(e.as_bytes()).into_owned(),
         }
     }
-}
-
-fn encode_with(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>> {
-    let encoding = tokenizer.encode_fast(text, false).map_err(|e| {
-        let start: String = text.chars().take(40).collect();
-        Error::input(
-            format!("the text that begins with {start:?} cannot be tokenised: {e}"),
-            "shorten or split the text",
-        )
-    })?;
-    Ok(encoding.get_ids().to_vec())
 }
 
 /// The printable character that byte-level BPE writes for each byte (GPT-2's table): printable Latin-1 characters stand

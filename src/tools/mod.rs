@@ -79,7 +79,7 @@ pub struct Limits {
     pub wall: Duration,
     /// Bytes of address space beyond those of the warm process.
     pub memory: u64,
-    /// Bytes of one file.
+    /// Bytes of one file; all files of a call together may have four times that (and 1 MiB in any case).
     pub file: u64,
     /// Bytes of standard output and of standard error, each.
     pub output: usize,
@@ -130,6 +130,8 @@ pub enum Outcome {
     MemoryLimit,
     /// It wrote a file larger than it may.
     FileSizeLimit,
+    /// All its files together were too large.
+    ScratchLimit,
     /// It printed more than it may, or made an image larger than it may.
     OutputLimit,
 }
@@ -143,6 +145,7 @@ impl Outcome {
             Outcome::CpuLimit => "cpu_limit",
             Outcome::MemoryLimit => "memory_limit",
             Outcome::FileSizeLimit => "file_size_limit",
+            Outcome::ScratchLimit => "scratch_limit",
             Outcome::OutputLimit => "output_limit",
         }
     }
@@ -155,6 +158,7 @@ impl Outcome {
             Outcome::CpuLimit => "The code used up its processor time and was stopped.".into(),
             Outcome::MemoryLimit => "The code ran out of memory.".into(),
             Outcome::FileSizeLimit => "The code tried to write a file that is too large.".into(),
+            Outcome::ScratchLimit => "The files that the code wrote are too large together.".into(),
             Outcome::OutputLimit => "The code's output is too large.".into(),
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! A checkpoint is written into a hidden folder beside its place, flushed to the disk and renamed. So a run that is killed,
 //! or whose disk is full, has the checkpoints it had before. `train_state.json`, written last, lists every file with
-//! its size; a folder that does not match its list (copied half, or damaged since) is passed over for an earlier one.
+//! its size and BLAKE3 hash; a folder that does not match its list (copied half, or damaged since) is passed over for an
+//! earlier one. Checkpoints of before there were hashes are told by sizes alone.
 //!
 //! What lies in it: the model as a Hugging Face folder (transformers loads it as it is), `optimizer.safetensors`, and
 //! `train_state.json`. All noise in this program is drawn by counter (seed, episode, position), and the order of the data is a
@@ -31,6 +32,17 @@ struct StateFile {
     state: TrainState,
     /// Every other file of the checkpoint, with its bytes.
     files: BTreeMap<String, u64>,
+    /// BLAKE3 of each of them, and, under this file's own name, of the state and the list above.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    blake3: BTreeMap<String, String>,
+}
+
+impl StateFile {
+    fn own_hash(&self) -> Result<String> {
+        let text = serde_json::to_vec(&(&self.state, &self.files))
+            .map_err(|e| Error::internal(format!("the training state as JSON: {e}")))?;
+        Ok(blake3::hash(&text).to_string())
+    }
 }
 
 const STATE_FILE: &str = "train_state.json";
@@ -93,8 +105,13 @@ impl Checkpoints {
     /// [`Error::Io`] when the folder cannot be read.
     pub fn latest(&self) -> Result<(Option<Checkpoint>, Vec<String>)> {
         let mut notes = Vec::new();
-        for (_, path) in self.steps()?.into_iter().rev() {
+        for (step, path) in self.steps()?.into_iter().rev() {
             match open(&path) {
+                Ok(found) if found.state.step != step => notes.push(format!(
+                    "passed over {}: its {STATE_FILE} is of step {}",
+                    path.display(),
+                    found.state.step
+                )),
                 Ok(found) => return Ok((Some(found), notes)),
                 Err(e) => notes.push(format!("passed over {}: {e}", path.display())),
             }
@@ -145,38 +162,58 @@ impl Checkpoints {
 /// Opens one checkpoint's folder.
 ///
 /// # Errors
-/// [`Error::Input`] when it is no complete checkpoint, naming the file that is missing or short.
+/// [`Error::Input`] when it is no complete checkpoint, naming the file that is missing, short or changed.
 pub fn open(path: &Path) -> Result<Checkpoint> {
     let state_path = path.join(STATE_FILE);
     let damaged =
         |what: String| Error::input(what, "use another checkpoint: `varft train` finds the newest whole one by itself");
     let text = fs::read(&state_path).map_err(|e| damaged(format!("{}: cannot read: {e}", state_path.display())))?;
-    let StateFile { state, files } =
+    let sealed: StateFile =
         serde_json::from_slice(&text).map_err(|e| damaged(format!("{}: {e}", state_path.display())))?;
-    for (name, bytes) in files {
-        let file = path.join(&name);
+    let changed = |file: &Path| damaged(format!("{}: its content is not what was written", file.display()));
+    if !sealed.blake3.is_empty() && sealed.blake3.get(STATE_FILE) != Some(&sealed.own_hash()?) {
+        return Err(changed(&state_path));
+    }
+    for (name, &bytes) in &sealed.files {
+        let file = path.join(name);
         match fs::metadata(&file) {
             Ok(m) if m.len() == bytes => {}
             Ok(m) => return Err(damaged(format!("{}: {} bytes where {bytes} were written", file.display(), m.len()))),
             Err(e) => return Err(damaged(format!("{}: {e}", file.display()))),
         }
     }
-    Ok(Checkpoint { path: path.to_path_buf(), state })
+    // Only once all sizes are right, as this reads everything.
+    for (name, hash) in sealed.blake3.iter().filter(|(name, _)| *name != STATE_FILE) {
+        let file = path.join(name);
+        let now = File::open(&file).and_then(|f| hash_of(&f));
+        if now.map_err(|e| damaged(format!("{}: {e}", file.display())))? != *hash {
+            return Err(changed(&file));
+        }
+    }
+    Ok(Checkpoint { path: path.to_path_buf(), state: sealed.state })
+}
+
+fn hash_of(file: &File) -> std::io::Result<String> {
+    Ok(blake3::Hasher::new().update_reader(file)?.finalize().to_string())
 }
 
 /// Flushes every file of `dir` to the disk and writes the state with their list.
 fn seal(dir: &Path, state: &TrainState) -> Result<()> {
     let list = |e| Error::io("list", dir, e);
-    let mut files = BTreeMap::new();
+    let (mut files, mut hashes) = (BTreeMap::new(), BTreeMap::new());
     for entry in fs::read_dir(dir).map_err(list)? {
         let path = entry.map_err(list)?.path();
         let file = File::open(&path).map_err(|e| Error::io("open", &path, e))?;
         file.sync_all().map_err(|e| Error::io("write", &path, e))?;
         let bytes = file.metadata().map_err(|e| Error::io("read", &path, e))?.len();
-        files.insert(path.file_name().unwrap_or_default().to_string_lossy().into_owned(), bytes);
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        hashes.insert(name.clone(), hash_of(&file).map_err(|e| Error::io("read", &path, e))?);
+        files.insert(name, bytes);
     }
-    let text = serde_json::to_vec_pretty(&StateFile { state: state.clone(), files })
-        .map_err(|e| Error::internal(format!("the training state as JSON: {e}")))?;
+    let mut sealed = StateFile { state: state.clone(), files, blake3: hashes };
+    sealed.blake3.insert(STATE_FILE.into(), sealed.own_hash()?);
+    let text =
+        serde_json::to_vec_pretty(&sealed).map_err(|e| Error::internal(format!("the training state as JSON: {e}")))?;
     let path = dir.join(STATE_FILE);
     let failed = |e| Error::io("write", &path, e);
     fs::write(&path, text).map_err(failed)?;
@@ -242,6 +279,34 @@ mod tests {
         assert_eq!(found.unwrap().state.step, 1);
         assert_eq!(notes.len(), 3);
         assert!(notes[1].contains("step-3") && notes[1].contains("999 bytes where 1000"), "{}", notes[1]);
+    }
+
+    #[test]
+    fn damage_that_keeps_the_size_is_found_and_named() {
+        let run = tempfile::tempdir().unwrap();
+        let c = Checkpoints::new(run.path(), 0);
+        for step in 1..=6 {
+            save(&c, step).unwrap();
+        }
+        let at = |step: u64, file: &str| run.path().join(format!("checkpoints/step-{step}/{file}"));
+        let edit = |step: u64, f: &dyn Fn(&mut serde_json::Value)| {
+            let mut json = serde_json::from_slice(&fs::read(at(step, STATE_FILE)).unwrap()).unwrap();
+            f(&mut json);
+            fs::write(at(step, STATE_FILE), json.to_string()).unwrap();
+        };
+        fs::copy(at(1, "model.safetensors"), at(6, "model.safetensors")).unwrap();
+        edit(5, &|json| json["updates"] = 4.into());
+        edit(4, &|json| json["step"] = u64::MAX.into());
+        // As if of before there were hashes, in another step's folder.
+        edit(3, &|json| {
+            json["step"] = 9.into();
+            json.as_object_mut().unwrap().remove("blake3");
+        });
+        edit(2, &|json| drop(json.as_object_mut().unwrap().remove("blake3")));
+        let (found, notes) = c.latest().unwrap();
+        assert_eq!(found.unwrap().state, state(2));
+        let named = ["step-6/model.safetensors", "step-5/train_state.json", "step-4/train_state.json", "of step 9"];
+        assert!(notes.len() == 4 && notes.iter().zip(named).all(|(note, name)| note.contains(name)), "{notes:?}");
     }
 
     #[test]

@@ -184,7 +184,7 @@ section! {
         cpu_s: f64 = 10.0,
         /// Memory of a call, in MiB.
         memory_mib: u64 = 1024,
-        /// Size of a file that a call writes, in MiB.
+        /// Size of a file that a call writes, in MiB; all its files together may have four times that.
         file_mib: u64 = 64,
         /// What a call may print, in KiB.
         output_kib: usize = 64,
@@ -353,15 +353,25 @@ impl RunConfig {
                 "more than rollout.max_new_tokens, and at most 2^30",
             ),
             (self.run.threads <= 1024, "run.threads", "at most 1024 (0 for all cores)"),
-            (positive(r.temperature), "rollout.temperature", "more than 0 (training needs chance)"),
+            // The kernels divide by it in f32.
+            (
+                r.temperature > 0.0 && (r.temperature as f32).is_normal(),
+                "rollout.temperature",
+                "more than 0 (training needs chance), from 1e-37 to 1e38",
+            ),
             (r.top_k <= u32::MAX as usize, "rollout.top_k", "less than 2^32"),
-            (not_negative(r.eval_temperature), "rollout.eval_temperature", "0 or more"),
+            (
+                r.eval_temperature == 0.0 || r.eval_temperature > 0.0 && (r.eval_temperature as f32).is_normal(),
+                "rollout.eval_temperature",
+                "0, or from 1e-37 to 1e38",
+            ),
             (share(r.top_p) && r.top_p > 0.0, "rollout.top_p", "more than 0 and at most 1"),
             (share(r.min_p) && r.min_p < 1.0, "rollout.min_p", "at least 0 and less than 1"),
             (r.concurrency > 0 && r.concurrency <= 4096, "rollout.concurrency", "from 1 to 4096"),
             (r.batch_tokens > 0, "rollout.batch_tokens", "at least 1"),
             (size(r.kv_cache_mib), "rollout.kv_cache_mib", "from 1 to 2^40"),
             (r.vision_cache_mib <= 1 << 40, "rollout.vision_cache_mib", "at most 2^40"),
+            (p.concurrency <= 1024, "tools.python.concurrency", "at most 1024 (0 for as many as there are cores)"),
             (positive(p.cpu_s) && p.cpu_s <= 1e6, "tools.python.cpu_s", "more than 0 and at most 1,000,000"),
             (size(p.memory_mib as usize), "tools.python.memory_mib", "from 1 to 2^40"),
             (size(p.file_mib as usize), "tools.python.file_mib", "from 1 to 2^40"),
@@ -377,7 +387,7 @@ impl RunConfig {
             (share(a.clip_low), "algo.clip_low", "between 0 and 1"),
             (not_negative(a.clip_high), "algo.clip_high", "0 or more"),
             (not_negative(a.beta), "algo.beta", "0 or more"),
-            (a.iterations > 0, "algo.iterations", "at least 1"),
+            ((1..=1024).contains(&a.iterations), "algo.iterations", "from 1 to 1024"),
             (a.minibatches > 0 && a.minibatches <= r.prompts, "algo.minibatches", "1 to rollout.prompts"),
             (not_negative(o.lr), "optim.lr", "0 or more"),
             (o.warmup_steps <= o.steps, "optim.warmup_steps", "at most optim.steps"),
@@ -403,6 +413,23 @@ impl RunConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn figures_out_of_all_proportion_are_refused_by_name() {
+        for (key, bad, good) in [
+            ("rollout.temperature", &["1e-50", "1e39", "0.0", "-1.0", "nan"][..], "1e-3"),
+            ("rollout.eval_temperature", &["1e-50", "1e39", "-1.0", "inf"], "0.0"),
+            ("tools.python.concurrency", &["1000000000000"], "1024"),
+            ("algo.iterations", &["0", "1000000000000"], "1024"),
+        ] {
+            let read = |value| RunConfig::read(None, &[format!("{key}={value}")]).and_then(|c| c.check());
+            for value in bad {
+                let text = read(*value).unwrap_err().to_string();
+                assert!(text.contains(key), "{key} = {value}: {text}");
+            }
+            read(good).unwrap();
+        }
+    }
 
     #[test]
     fn the_scale_of_advantages_follows_the_loss_unless_it_is_given() {

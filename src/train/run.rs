@@ -166,7 +166,7 @@ impl Keeper {
     /// Every checkpoint gets a copy of the files `companions`: the model folder's tokenizer, its image processor.
     ///
     /// # Errors
-    /// [`Error::Io`] when a file cannot be read or written.
+    /// [`Error::Input`] when it stands beyond the steps of `config`; [`Error::Io`] when a file cannot be read or written.
     pub fn open(
         run_dir: &Path,
         config: &RunConfig,
@@ -174,6 +174,17 @@ impl Keeper {
         tokenizer: Arc<Tokenizer>,
         companions: Vec<PathBuf>,
     ) -> Result<Keeper> {
+        let steps = config.optim.steps;
+        if state.step > steps {
+            return Err(Error::input(
+                format!(
+                    "{}: the checkpoint is of step {}, and `optim.steps` is {steps}",
+                    run_dir.display(),
+                    state.step
+                ),
+                format!("set `optim.steps` to at least {}, or remove the checkpoints of later steps", state.step),
+            ));
+        }
         let store = TrajectoryStore::open(run_dir)?;
         store.cut(state.step)?;
         let metrics = MetricsLog::open(run_dir, state.step, config.log.tensorboard)?;

@@ -32,6 +32,14 @@ fn image(height: usize, width: usize) -> Arc<Image> {
 }
 
 #[test]
+fn a_template_without_end_fails_and_is_named() {
+    let loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% if a %}{% endif %}{% endfor %}{% endfor %}";
+    let endless = ChatTemplate::from_jinja(loops.into(), "endless.jinja").unwrap();
+    let said = endless.render(&[Message::text("user", "hi")], true).unwrap_err().to_string();
+    assert!(said.contains("endless.jinja") && said.contains("fuel"), "{said}");
+}
+
+#[test]
 fn conversations_become_prompts() {
     let t = tiny_tokenizer();
     let messages: Vec<Message> = serde_json::from_str(

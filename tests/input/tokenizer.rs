@@ -91,6 +91,16 @@ fn bad_tokenizers_are_named_with_a_mend() {
     }
 }
 
+#[test]
+fn a_tokenizer_that_panics_on_text_is_named() {
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(fixture("tokenizer_tiny.json")).unwrap()).unwrap();
+    json["normalizer"] = serde_json::json!({"type": "Replace", "pattern": {"String": ""}, "content": "aaaa"});
+    let t = Tokenizer::from_bytes(json.to_string().as_bytes(), "wild/tokenizer.json").unwrap();
+    let said = t.encode("Who's there?").unwrap_err().to_string();
+    assert!(said.contains("wild/tokenizer.json") && said.contains("to mend it"), "{said}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]

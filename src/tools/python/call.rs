@@ -11,6 +11,7 @@ use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
 use super::process::Zygote;
+use super::scratch::{Remover, used};
 use super::sys;
 use crate::tools::{Outcome, ToolCall, ToolResult, Usage, clean};
 
@@ -88,6 +89,8 @@ impl Ended {
 enum Stopped {
     Output,
     Cpu,
+    /// Its files together are too large.
+    Scratch,
     /// At the limit by the clock, and it was not the machine that held it up.
     Resting,
     Wall,
@@ -99,32 +102,78 @@ fn cpu_backstop(limit: Duration) -> u64 {
     limit.as_secs().saturating_mul(2).saturating_add(2).min(1 << 40)
 }
 
-/// A folder that is gone when this is.
-struct Scratch(PathBuf);
+/// How often the files of a running call are added up.
+const LOOK: Duration = Duration::from_millis(250);
 
-impl Scratch {
-    fn new(path: PathBuf) -> std::io::Result<Self> {
-        std::fs::create_dir(&path)?;
-        Ok(Scratch(path))
+/// The bytes that all files of a call may take: four of the largest, and the images that it finds there.
+fn scratch_limit(call: &ToolCall) -> u64 {
+    let images: u64 = call.images.iter().map(|i| i.as_raw().len() as u64 + (8 << 10)).sum();
+    // Disks count in blocks, which a smaller limit would be lost in.
+    (call.limits.file.min(1 << 46) * 4).max(1 << 20) + images
+}
+
+/// A folder that goes when this does.
+struct Scratch<'a> {
+    folder: PathBuf,
+    remover: &'a Remover,
+}
+
+impl<'a> Scratch<'a> {
+    fn new(folder: PathBuf, remover: &'a Remover) -> std::io::Result<Self> {
+        std::fs::create_dir(&folder)?;
+        Ok(Scratch { folder, remover })
     }
 }
 
-impl Drop for Scratch {
+impl Drop for Scratch<'_> {
     fn drop(&mut self) {
-        if std::fs::remove_dir(&self.0).is_err() {
-            super::scratch::remove(&self.0);
+        if std::fs::remove_dir(&self.folder).is_err() {
+            self.remover.remove(std::mem::take(&mut self.folder));
         }
     }
 }
 
-/// Runs `call` in a child of `zygote`, with `number` naming its scratch folder.
-pub(super) fn run(zygote: &Zygote, call: &ToolCall, number: u64) -> Result<ToolResult, Failure> {
-    let system = |what: &'static str| move |e: std::io::Error| Failure::Again(format!("{what}: {e}"));
-    zygote.ensure().map_err(Failure::Again)?; // makes the folder
+fn system(what: &'static str) -> impl Fn(std::io::Error) -> Failure {
+    move |e| Failure::Again(format!("{what}: {e}"))
+}
+
+/// What to say where the disk of `folder` is full; `what` failed.
+fn no_space(folder: &Path, what: &str) -> Failure {
+    Failure::Final(format!(
+        "no space left on the disk of {}, where calls keep their files: {what} \
+         (free some, or name a folder on another disk with TMPDIR)",
+        folder.display()
+    ))
+}
+
+/// Runs `call` in a child of `zygote`, with `number` naming its scratch folder, which `remover` removes.
+pub(super) fn run(zygote: &Zygote, remover: &Remover, call: &ToolCall, number: u64) -> Result<ToolResult, Failure> {
+    let blame = |failure| match failure {
+        Failure::Again(what) if sys::disk_full(zygote.folder()) => no_space(zygote.folder(), &what),
+        other => other,
+    };
+    zygote.ensure().map_err(Failure::Again).map_err(blame)?; // makes the folder
     // A process that had to be started first takes nothing from what the call may have.
     let begun = Instant::now();
-    let scratch = Scratch::new(zygote.folder().join(number.to_string())).map_err(system("its scratch folder"))?;
-    let source = write_source(call, &scratch.0).map_err(system("a memory file for the input"))?;
+    let scratch = Scratch::new(zygote.folder().join(number.to_string()), remover);
+    let scratch = scratch.map_err(system("its scratch folder")).map_err(blame)?;
+    let mut result = run_in(&scratch.folder, zygote, call, begun).map_err(blame)?;
+    // Now, while the folder is there: its files may be the last that the disk had room for.
+    let limit = scratch_limit(call);
+    match &result.outcome {
+        Outcome::Ok | Outcome::ProgramError(_) if used(&scratch.folder, limit) > limit => {
+            (result.outcome, result.image) = (Outcome::ScratchLimit, None);
+        }
+        Outcome::ProgramError(what) if sys::disk_full(&scratch.folder) => {
+            return Err(no_space(zygote.folder(), what.lines().last().unwrap_or_default()));
+        }
+        _ => {}
+    }
+    Ok(result)
+}
+
+fn run_in(scratch: &Path, zygote: &Zygote, call: &ToolCall, begun: Instant) -> Result<ToolResult, Failure> {
+    let source = write_source(call, scratch).map_err(system("a memory file for the input"))?;
     let target = sys::memory_file().map_err(system("a memory file for the answer"))?;
     let (out, out_write) = sys::pipe().map_err(system("a pipe"))?;
     let (err, err_write) = sys::pipe().map_err(system("a pipe"))?;
@@ -140,6 +189,9 @@ pub(super) fn run(zygote: &Zygote, call: &ToolCall, number: u64) -> Result<ToolR
         child: None,
         clock: None,
         cpu_limit: call.limits.cpu,
+        scratch,
+        scratch_limit: scratch_limit(call),
+        look: begun + LOOK,
         stopped: None,
     };
     let ended = match watch.wait(begun + call.limits.wall.min(YEAR)) {
@@ -185,7 +237,7 @@ fn write_source(call: &ToolCall, scratch: &Path) -> std::io::Result<File> {
 }
 
 /// Everything that is listened to while a call runs.
-struct Watch {
+struct Watch<'a> {
     socket: OwnedFd,
     out: Capture,
     err: Capture,
@@ -196,10 +248,14 @@ struct Watch {
     /// The child's processor time.
     clock: Option<sys::CpuClock>,
     cpu_limit: Duration,
+    scratch: &'a Path,
+    scratch_limit: u64,
+    /// When its files are added up again.
+    look: Instant,
     stopped: Option<Stopped>,
 }
 
-impl Watch {
+impl Watch<'_> {
     /// Reads output until the warm process reports the end; an error says how the warm process failed.
     fn wait(&mut self, deadline: Instant) -> Result<Ended, String> {
         let mut deadline = deadline;
@@ -215,6 +271,18 @@ impl Watch {
                     // One thread cannot use up what is left any sooner.
                     wake = wake.min(Instant::now() + left.min(YEAR));
                 }
+            }
+            if self.stopped.is_none() {
+                let now = Instant::now();
+                if now >= self.look {
+                    if used(self.scratch, self.scratch_limit) > self.scratch_limit {
+                        self.stop(Stopped::Scratch, &mut deadline);
+                        wake = deadline;
+                    }
+                    // However many they are, it is little of the time.
+                    self.look = Instant::now() + LOOK.max(10 * now.elapsed());
+                }
+                wake = wake.min(self.look);
             }
             let fds = [Some(self.socket.as_fd()), self.out.fd(), self.err.fd()];
             let ready = sys::wait_readable(&fds, wake).map_err(|e| format!("poll: {e}"))?;
@@ -332,6 +400,7 @@ fn interpret(
         Some(Stopped::Output) => return none(Outcome::OutputLimit),
         Some(_) if !killed => {} // it ended by itself just before it was to be stopped
         Some(Stopped::Cpu) => return none(Outcome::CpuLimit),
+        Some(Stopped::Scratch) => return none(Outcome::ScratchLimit),
         Some(Stopped::Wall | Stopped::Resting) if used_up => return none(Outcome::CpuLimit),
         // Else code could wait until its episode counts nowhere, rather than fail.
         Some(Stopped::Resting) => {

@@ -26,7 +26,7 @@
 //! as it is, without loss from JPEG.
 //!
 //! # What holds a call
-//! Limits on processor time, address space, file size, output and open files; no further processes or threads; a
+//! Limits on processor time, address space, file size (of one, and four times that of all), output and open files; no further processes or threads; a
 //! scratch folder of its own, removed afterwards; an empty environment; no descriptors but its own; the end of its process group when
 //! it ends. `time.sleep` returns at once, as only processor time is limited; code that waits in another way until the limit by
 //! the clock has failed, while code that the machine left no time to run is a failure of the machinery. Where varft runs as root, each call runs as a user of its
@@ -48,6 +48,7 @@ use serde::{Deserialize, Serialize};
 
 use self::call::Failure;
 use self::process::Zygote;
+use self::scratch::Remover;
 use super::{Outcome, Tool, ToolCall, ToolResult, Usage};
 use crate::{Error, Result};
 
@@ -95,6 +96,7 @@ pub struct Versions {
 /// Dropping it ends its processes; so does the end of this process, however it ends.
 pub struct PythonTool {
     zygotes: Vec<Zygote>,
+    remover: Remover,
     free: Mutex<usize>,
     freed: Condvar,
     next: AtomicU64,
@@ -118,6 +120,7 @@ impl PythonTool {
         let zygotes = (0..n.div_ceil(CALLS_PER_PROCESS)).map(|i| Zygote::new(python.clone(), root.join(i.to_string())));
         let tool = PythonTool {
             zygotes: zygotes.collect(),
+            remover: Remover::new()?,
             free: Mutex::new(n),
             freed: Condvar::new(),
             next: AtomicU64::new(0),
@@ -170,7 +173,7 @@ impl PythonTool {
             let least = self.zygotes.iter().min_by_key(|z| z.in_flight.load(Ordering::Relaxed));
             let Some(zygote) = least else { return Err(Error::internal("a python tool without a process")) };
             zygote.in_flight.fetch_add(1, Ordering::Relaxed);
-            let result = call::run(zygote, call, self.next.fetch_add(1, Ordering::Relaxed));
+            let result = call::run(zygote, &self.remover, call, self.next.fetch_add(1, Ordering::Relaxed));
             zygote.in_flight.fetch_sub(1, Ordering::Relaxed);
             match result {
                 Ok(result) => return Ok(result),
@@ -227,6 +230,7 @@ impl Drop for Slot<'_> {
 
 impl Drop for PythonTool {
     fn drop(&mut self) {
+        self.remover.finish();
         self.zygotes.clear(); // ends the processes, which remove their folders
         let _ = std::fs::remove_dir(&self.root);
     }

@@ -212,7 +212,7 @@ impl Drop for Zygote {
             let _ = child.kill();
             let _ = child.wait();
         }
-        let _ = std::fs::remove_dir_all(&self.folder);
+        super::scratch::remove(&self.folder);
         debug_assert_eq!(self.in_flight.load(Ordering::Relaxed), 0, "calls borrow the pool, so none can be left");
     }
 }

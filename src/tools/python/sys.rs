@@ -132,6 +132,20 @@ pub(super) fn wait_readable(fds: &[Option<BorrowedFd<'_>>], deadline: Instant) -
     Ok(polls.iter().enumerate().filter(|(_, p)| p.revents != 0).fold(0, |ready, (i, _)| ready | 1 << i))
 }
 
+/// Whether the file system that holds `path`, or would, has next to nothing left for ordinary users: bytes or files.
+pub(super) fn disk_full(path: &std::path::Path) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    // SAFETY: all zeros are a valid value of this plain struct.
+    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
+    let found = path.ancestors().any(|p| {
+        let name = std::ffi::CString::new(p.as_os_str().as_bytes());
+        // SAFETY: the name is a C string, and `stat` has room for the answer.
+        name.is_ok_and(|name| unsafe { libc::statvfs(name.as_ptr(), &mut stat) } == 0)
+    });
+    // Some file systems make room for files as they come and say 0 of 0.
+    found && (stat.f_bavail * stat.f_frsize < 1 << 20 || stat.f_files > 0 && stat.f_favail < 8)
+}
+
 /// The processor time of another process, to the nanosecond.
 pub(super) struct CpuClock(libc::clockid_t);
 
@@ -203,6 +217,14 @@ mod tests {
         assert!(gone.is_none_or(|clock| clock.read().is_none()));
     }
     use std::io::{Read, Seek, Write};
+
+    #[test]
+    fn a_disk_with_room_is_not_full() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!disk_full(dir.path()) && !disk_full(&dir.path().join("not/there")));
+        // This one has no room, ever.
+        assert!(disk_full(std::path::Path::new("/proc/self")));
+    }
 
     #[test]
     fn descriptors_travel_and_a_closed_end_is_noticed() {

@@ -108,6 +108,8 @@ def loop(control):
                 if pid == 0:
                     try:
                         child(me, call, *fds[1:])
+                    except BaseException as e:  # before the code has begun: why, for the call's error
+                        os.write(2, f"{type(e).__name__}: {e}".encode("utf-8", "backslashreplace"))
                     finally:
                         os._exit(1)
                 for f in fds[1:]:
@@ -400,7 +402,8 @@ def as_rgb(picture):
 
 
 def answer(outcome, detail, picture):
-    head = {"outcome": outcome, "detail": detail}
+    # Half a surrogate pair is no text elsewhere.
+    head = {"outcome": outcome, "detail": detail.encode("utf-8", "backslashreplace").decode()}
     if picture is not None:
         head["size"] = [picture.shape[1], picture.shape[0]]
     head = json.dumps(head).encode()
