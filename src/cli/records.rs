@@ -92,7 +92,10 @@ impl Records {
     /// The failure `e` to write more than `result`, having said what there is.
     pub fn kept(&self, result: &Path, e: Error) -> Error {
         let dir = quoted(&self.dir);
-        note!("{} is kept; `varft report {dir}` makes a report of what else was written", result.display());
+        let result = result.display();
+        note!(
+            "{result} is kept; `varft report {dir}` shows what else was written; to run this again, name another --out"
+        );
         e
     }
 

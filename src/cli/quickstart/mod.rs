@@ -107,17 +107,19 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let finished = grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper);
     drop(keeper);
     let last = config.optim.steps;
+    let checkpoint = out.join("checkpoints").join(format!("step-{last}"));
     let blind_after = match &finished {
         Ok(Finished::Complete) => withheld(),
         // Stopped in the last measurement: what is known is shown all the same.
         Ok(Finished::Stopped { at }) if *at == last && last > 0 => {
             print_table(&out, setup.eval.len(), last, [Some(&blind_before), None])?;
+            say!("\nreport      {}", crate::report::write(&out)?.display());
+            say!("talk to it  varft chat {}", quoted(&checkpoint));
             return session.end(finished);
         }
         _ => return session.end(finished),
     };
     print_table(&out, setup.eval.len(), last, [Some(&blind_before), blind_after.as_ref().ok()])?;
-    let checkpoint = out.join("checkpoints").join(format!("step-{last}"));
     let report = crate::report::write(&out)?;
     say!("\nin {:.0} s\nreport      {}", started.elapsed().as_secs_f64(), report.display());
     say!("talk to it  varft chat {}", quoted(&checkpoint));
