@@ -99,7 +99,18 @@ fn doctor_says_where_it_hurts() {
         stdout(&o)
     );
     assert!(stderr(&o).contains("disk"), "{}", stderr(&o));
+    let empty = tempfile::tempdir().unwrap();
+    let o = Command::new(env!("CARGO_BIN_EXE_varft"))
+        .args(["doctor", "--dir", "/proc/nothing"])
+        .env("XDG_CACHE_HOME", empty.path())
+        .env_remove("VARFT_PYTHON")
+        .env_remove("VARFT_NO_INSTALL")
+        .env_remove("VIRTUAL_ENV")
+        .output()
+        .unwrap();
     let out = stdout(&o);
+    let python = out.lines().find(|l| l.starts_with("warn  python")).unwrap_or_else(|| panic!("{out}"));
+    assert!(python.contains("varft doctor --install") && !python.contains("VARFT_NO_INSTALL"), "{python}");
     for check in ["cores", "simd", "memory", "kernels", "python"] {
         assert!(out.lines().any(|l| l.split_whitespace().nth(1) == Some(check)), "{out}");
     }
@@ -174,6 +185,8 @@ fn inspect_names_what_it_cannot_read() {
     says(r#"[{"role": "user", "content": [{"type": "image"}]}]"#, &["names no file"]);
     let long = "word ".repeat(4000);
     says(&format!(r#"[{{"role": "user", "content": "{long}"}}]"#), &["talk.json", "context is 4096"]);
+    let o = varft(&["inspect", "--model", &at("model"), &at("talk.json"), "--out", &at("model/../talk.json")]);
+    assert!(o.status.code() == Some(1) && stderr(&o).contains("overwrite the conversation"), "{}", stderr(&o));
     std::fs::remove_file(at("model/tokenizer.json")).unwrap();
     says(r#"[{"role": "user", "content": "x"}]"#, &["tokenizer.json"]);
 }
@@ -275,8 +288,72 @@ fn eval_scores_rows_of_a_file_and_writes_results_as_the_published_evaluation_doe
     assert!(o.status.code() == Some(1) && stderr(&o).contains("gone.json"), "{}", stderr(&o));
 }
 
+#[test]
+fn a_rollout_that_is_killed_keeps_its_episodes_and_an_empty_file_is_no_result() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    assert!(varft(&["init", "tiny", &at("model")]).status.success());
+    let (model, out) = (at("model"), at("out"));
+    let args = ["rollout", "--model", &model, "--out", &out, "--items", "1000"];
+    let o = signalled(&with_sets(&args, &SMALL), "rollout 1/1000", libc::SIGKILL);
+    assert!(o.status.code().is_none() && !lines(&at("out/episodes.jsonl")).is_empty(), "{}", stderr(&o));
+    let args = ["rollout", "--model", &model, "--out", &out, "--items", "1"];
+    let again = varft(&with_sets(&args, &SMALL));
+    assert!(again.status.code() == Some(1) && stderr(&again).contains("results in this folder"), "{}", stderr(&again));
+    std::fs::write(at("out/episodes.jsonl"), "").unwrap();
+    let again = varft(&with_sets(&args, &SMALL));
+    assert!(again.status.success(), "{}", stderr(&again));
+    assert_eq!(lines(&at("out/episodes.jsonl")).len(), 1);
+}
+
+#[test]
+fn what_cannot_be_is_refused_before_anything_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let (model, out) = (at("gone"), at("out"));
+    for (flag, n) in [("--items", "18446744073709551615"), ("--items", "0"), ("--samples", "65537"), ("--samples", "0")]
+    {
+        let o = varft(&["rollout", "--model", &model, "--out", &out, flag, n]);
+        assert!(o.status.code() == Some(2) && stderr(&o).contains(flag), "{}", stderr(&o));
+    }
+    let path = format!("model.path={model}");
+    let train = format!("run.dir={out}");
+    for command in [
+        &["rollout", "--model", &model, "--out", &out, "--items", "4294967296"][..],
+        &["eval", "--model", &model, "--out", &out],
+        &["train", "--set", &path, "--set", &train],
+        &["chat", &model],
+        &["inspect", "--model", &model, "talk.json", "--out", &out],
+    ] {
+        let o = varft(command);
+        let said = stderr(&o);
+        assert!(o.status.code() == Some(1) && said.contains("gone: there is no such folder"), "{said}");
+    }
+    assert!(!Path::new(&out).exists());
+}
+
+#[test]
+fn a_quickstart_at_work_is_not_replaced_by_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("quick");
+    std::fs::create_dir(&run).unwrap();
+    for name in [".quickstart", "metrics.jsonl"] {
+        std::fs::write(run.join(name), "x").unwrap();
+    }
+    let lock = std::fs::File::create(run.join(".lock")).unwrap();
+    lock.lock().unwrap();
+    let o = varft(&["quickstart", "--out", run.to_str().unwrap(), "--smoke", "--set", "optim.steps=0"]);
+    assert!(o.status.code() == Some(1) && stderr(&o).contains("another process"), "{}", stderr(&o));
+    assert!(run.join("metrics.jsonl").is_file());
+}
+
 /// Runs a command and interrupts it as Ctrl-C does once a line of what it says begins with `sign`.
 fn interrupted(args: &[&str], sign: &str) -> Output {
+    signalled(args, sign, libc::SIGINT)
+}
+
+/// [`interrupted`] by another signal.
+fn signalled(args: &[&str], sign: &str, signal: i32) -> Output {
     use std::io::{BufRead, BufReader, Read};
     use std::process::Stdio;
     let mut command = Command::new(env!("CARGO_BIN_EXE_varft"));
@@ -287,7 +364,7 @@ fn interrupted(args: &[&str], sign: &str) -> Output {
         assert_ne!(listening.read_line(&mut said).unwrap(), 0, "{said}");
     }
     // SAFETY: our own child, which has not been waited for.
-    unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+    unsafe { libc::kill(child.id() as i32, signal) };
     listening.read_to_string(&mut said).unwrap();
     Output { stderr: said.into_bytes(), ..child.wait_with_output().unwrap() }
 }
@@ -390,6 +467,8 @@ fn chat_answers_through_a_pipe_and_remembers_until_it_is_reset() {
     let seen = chat(&[&args[..], &["--image", &photo]].concat(), "hello\n");
     assert!(seen.status.success(), "{}", stderr(&seen));
     assert_eq!(stdout(&chat(&args, &format!("/image {photo}\nhello\n"))), stdout(&seen));
+    let o = chat(&args, "/image\nhello\n");
+    assert!(o.status.code() == Some(1) && stderr(&o).contains("/image FILE"), "{}", stderr(&o));
     let o = chat(&args, "/image gone.png\nhello\n");
     assert!(o.status.code() == Some(1) && stderr(&o).contains("gone.png"), "{}", stderr(&o));
     let o = chat(&[&args[..], &["--context", "32"]].concat(), "hello\n");

@@ -43,6 +43,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
+    super::check_model_folder(&args.model)?;
     let mut config = RunConfig::default();
     config.model.path = args.model.display().to_string();
     config.run.threads = args.threads;
@@ -60,7 +61,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let terminal = std::io::stdin().is_terminal();
     let ask = || {
         if terminal {
-            eprint!("> ");
+            // As with `note!`: nobody may be there to see it.
+            let _ = write!(std::io::stderr(), "> ");
         }
     };
     ask();
@@ -74,6 +76,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
                 chat.images.clear();
                 Ok(())
             }
+            "/image" => Err(Error::input("/image: no file is named", "say /image FILE; the next message shows it")),
             other => match other.strip_prefix("/image ") {
                 Some(path) => chat.show(path.trim()),
                 None => chat.say(other),
@@ -81,7 +84,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         };
         match done {
             // At a terminal a person can mend it; a script should stop.
-            Err(e) if terminal => eprintln!("error: {e}"),
+            Err(e) if terminal => note!("error: {e}"),
             done => done?,
         }
         ask();
@@ -146,8 +149,8 @@ impl Chat<'_> {
         let completion = reply.wait()?;
         self.ended = completion.finish == Finish::Stop(special.im_end);
         match completion.finish {
-            Finish::Length => eprintln!("[cut off after {} tokens: --max-tokens]", self.args.max_tokens),
-            Finish::Context => eprintln!("[the conversation is full: --context, or /reset]"),
+            Finish::Length => note!("[cut off after {} tokens: --max-tokens]", self.args.max_tokens),
+            Finish::Context => note!("[the conversation is full: --context, or /reset]"),
             _ => {}
         }
         Ok(())

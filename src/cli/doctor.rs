@@ -95,7 +95,7 @@ fn memory(device: &Device) -> Finding {
     };
     let text = format!("{:.1} GiB free", gib(free));
     match free {
-        f if f < 4 << 30 => Warn(text, "a quick start needs 4 GiB"),
+        f if f < 4 << 30 => Warn(text, "close what else is running: a quick start needs 4 GiB"),
         _ => Fine(text),
     }
 }
@@ -130,7 +130,9 @@ fn disk(dir: &Path) -> Finding {
     let free = space.f_bavail * space.f_frsize;
     let text = format!("{:.1} GiB free for {}", gib(free), dir.display());
     match free {
-        f if f < 2 << 30 => Warn(text, "checkpoints of larger models will not fit"),
+        f if f < 2 << 30 => {
+            Warn(text, "free some, or name another disk with --dir: checkpoints of larger models will not fit")
+        }
         _ => Fine(text),
     }
 }
@@ -183,11 +185,20 @@ fn kernels(device: &Device) -> Finding {
 /// The python tool from end to end: its environment, its warm process, one call.
 fn python(install: bool) -> Finding {
     let search = Search { install, ..Search::default() };
+    let (given, allowed) = (search.python.is_some(), Search::default().install);
     let tool = match PythonTool::new(PythonOptions { search, ..PythonOptions::default() }) {
         Ok(tool) => tool,
         Err(e @ Error::Input { .. }) if !install => {
-            let mend = "run varft doctor --install, or let the first run make it";
-            return Warn(e.to_string().lines().next().unwrap_or_default().to_string(), mend);
+            let mend = match (given, allowed) {
+                (true, _) => "set VARFT_PYTHON to a Python that has numpy, OpenCV and Pillow, or unset it",
+                (_, true) => "run `varft doctor --install`, or let the first run make it",
+                (_, false) => "run `varft doctor --install`",
+            };
+            let text = e.to_string();
+            let line = text.lines().next().unwrap_or_default();
+            // Here it is this command that did not ask for it, unless the variable is set too.
+            let off = if allowed { ", and making one is turned off (VARFT_NO_INSTALL)" } else { "" };
+            return Warn(line.strip_suffix(off).unwrap_or(line).to_string(), mend);
         }
         Err(e) => return Fail(e.to_string(), "training and evaluation need this tool".into()),
     };

@@ -61,23 +61,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     // Also when it ended early: what is complete has cost its time, and says something.
     let Evaluation { scores, jobs, episodes, ended_by } = evaluation;
     let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
-    let rows: Vec<_> = jobs
-        .iter()
-        .zip(&episodes)
-        .flat_map(|(job, group)| group.iter().flatten().map(move |t| (job, t)))
-        .map(|(job, t)| {
-            json!({ "id": job.example.id, "pred_answer": t.answer(), "gt": job.example.answers, "query": job.example.question })
-        })
-        .collect();
-    let text = serde_json::to_vec_pretty(&rows).map_err(|e| Error::internal(format!("results as JSON: {e}")))?;
-    let path = records.dir.join("results.json");
-    write_atomically(&path, |out| out.write_all(&text).map_err(|e| Error::io("write", &path, e)))?;
-    let shown = views(&episodes, &jobs, 0, Phase::Eval, usize::MAX, &records.store, &loaded.tokenizer, |_| None)?;
-    records.store.write(Phase::Eval, 0, &shown)?;
-    let mut metrics = episode_metrics(&done, Phase::Eval);
-    metrics.push(("eval/void", scores.void as f64));
-    let report = records.finish(&config, &metrics)?;
-
+    // Shown before anything is written: a full disk must not cost the scores.
     let all: Vec<Answered> = jobs
         .iter()
         .zip(&episodes)
@@ -94,7 +78,25 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if scores.void > 0 {
         say!("{} episodes failed for reasons that are not the model's, and are not counted", scores.void);
     }
-    say!("results {}\nreport  {}", path.display(), report.display());
+    let rows: Vec<_> = jobs
+        .iter()
+        .zip(&episodes)
+        .flat_map(|(job, group)| group.iter().flatten().map(move |t| (job, t)))
+        .map(|(job, t)| {
+            json!({ "id": job.example.id, "pred_answer": t.answer(), "gt": job.example.answers, "query": job.example.question })
+        })
+        .collect();
+    let text = serde_json::to_vec_pretty(&rows).map_err(|e| Error::internal(format!("results as JSON: {e}")))?;
+    let path = records.dir.join("results.json");
+    write_atomically(&path, |out| out.write_all(&text).map_err(|e| Error::io("write", &path, e)))?;
+    say!("results {}", path.display());
+    let mut metrics = episode_metrics(&done, Phase::Eval);
+    metrics.push(("eval/void", scores.void as f64));
+    let report = views(&episodes, &jobs, 0, Phase::Eval, usize::MAX, &records.store, &loaded.tokenizer, |_| None)
+        .and_then(|shown| records.store.write(Phase::Eval, 0, &shown))
+        .and_then(|()| records.finish(&config, &metrics))
+        .map_err(|e| records.kept(&path, e))?;
+    say!("report  {}", report.display());
     let counts = [scores.episodes, jobs.len()];
     ended_by.map_or(Ok(()), |e| Err(ended_early(e, counts, "questions are answered, scored and written")))
 }

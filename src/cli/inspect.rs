@@ -49,6 +49,15 @@ pub(super) struct Args {
 const ROWS: usize = 64;
 
 pub(super) fn run(args: &Args) -> Result<()> {
+    super::check_model_folder(&args.model)?;
+    // Whatever the names are: links too.
+    let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
+    if same(&args.out, &args.conversation) {
+        return Err(Error::input(
+            format!("{}: --out would overwrite the conversation", args.out.display()),
+            "name another file with --out",
+        ));
+    }
     let device = Device::cpu(args.threads);
     let prompt = read_prompt(args, device.threads())?;
     let model = Model::load(&args.model, &device, &LoadOptions { freeze_vision: true, progress: true })?;

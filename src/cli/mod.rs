@@ -25,8 +25,10 @@ mod setup;
 mod sft;
 mod train;
 
+use crate::{Error, Result};
 use clap::{Parser, Subcommand};
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 #[derive(Parser)]
@@ -60,6 +62,18 @@ enum Command {
 fn threads(text: &str) -> std::result::Result<usize, String> {
     let within = text.parse().ok().filter(|n| *n <= 1024);
     within.ok_or_else(|| "a whole number up to 1024 is needed (0 for all cores)".into())
+}
+
+/// Checks that a model's folder is there at all, before one of its files is missed.
+fn check_model_folder(dir: &Path) -> Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    let what = if dir.exists() { "this is a file, not a model's folder" } else { "there is no such folder" };
+    Err(Error::input(
+        format!("{}: {what}", dir.display()),
+        "name a model's folder (config.json, model*.safetensors, tokenizer.json); `varft init tiny DIR` makes a small one",
+    ))
 }
 
 /// Reads the command line, runs the command, prints its error if it has one.

@@ -1,6 +1,6 @@
 //! The folder that `eval` and `rollout` fill: episodes with their images, figures, a report.
 
-use super::session::CONFIG_FILE;
+use super::session::{CONFIG_FILE, quoted};
 use crate::model::write_atomically;
 use crate::report::{MetricsLog, TrajectoryStore};
 use crate::train::RunConfig;
@@ -29,7 +29,7 @@ impl ModelArgs {
     /// The configuration that the command line describes; its `model.path` is the model to use.
     ///
     /// # Errors
-    /// As [`RunConfig::read`]; and where the folder is not a run's.
+    /// As [`RunConfig::read`]; and where the folder is not a run's, or the model's is not there.
     pub fn config(&self) -> Result<RunConfig> {
         let mut config = match &self.file {
             Some(dir) if dir.is_dir() => {
@@ -45,6 +45,10 @@ impl ModelArgs {
         };
         if let Some(dir) = &self.model {
             config.model.path = dir.display().to_string();
+        }
+        // None at all is another error, which says how to name one.
+        if !config.model.path.is_empty() {
+            super::check_model_folder(Path::new(&config.model.path))?;
         }
         Ok(config)
     }
@@ -74,13 +78,25 @@ impl Records {
     /// # Errors
     /// [`Error::Input`] where results would be overwritten, [`Error::Io`] where the folder cannot be made.
     pub fn create(dir: &Path, result: &str) -> Result<Records> {
-        if [result, "metrics.jsonl", CONFIG_FILE].iter().any(|f| dir.join(f).exists()) {
+        // What was killed early, or found the disk full, leaves files of nothing.
+        let holds = |f: &&str| dir.join(f).metadata().is_ok_and(|m| m.len() > 0);
+        if [result, "metrics.jsonl", CONFIG_FILE].iter().any(holds) {
             return Err(Error::input(
                 format!("{}: there are results in this folder already", dir.display()),
                 "name another one with --out, or remove it",
             ));
         }
         Ok(Records { dir: dir.to_path_buf(), store: TrajectoryStore::open(dir)? })
+    }
+
+    /// The failure `e` to write more than `result`, having said what there is.
+    pub fn kept(&self, result: &Path, e: Error) -> Error {
+        let dir = quoted(&self.dir);
+        let result = result.display();
+        note!(
+            "{result} is kept; `varft report {dir}` shows what else was written; to run this again, name another --out"
+        );
+        e
     }
 
     /// Writes figures, the configuration and the report; returns the report's path.

@@ -2,14 +2,18 @@ use super::records::{ModelArgs, Records, ended_early};
 use super::session::stop_on_signal;
 use super::setup::{Loaded, held_out_examples, python, training_examples};
 use crate::agent::{Author, Job, Partial, Trajectory};
+use crate::model::write_atomically;
 use crate::report::view::Phase;
 use crate::report::{Progress, TrajectoryStore};
 use crate::train::run::{episode_metrics, views};
 use crate::{Error, Result};
+use clap::builder::RangedU64ValueParser;
 use serde_json::{Value, json};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Run episodes and write them down, token by token
 #[derive(clap::Args)]
@@ -17,15 +21,16 @@ use std::sync::Arc;
                         The folder gets episodes.jsonl, one episode per line: item, question, answers, tokens, logprobs (of the tokens that the \
                         model wrote, at `temperature`; 0 elsewhere), spans (who wrote which tokens: prompt, policy, tool), images (their place among the tokens, and \
                         a PNG of what the model saw in trajectories/images), steps (text, code, what the tool said), ending, reward. \
-                        And report.html, to look at them. They are sampled as in training: see [rollout] in a run's config.toml. Ctrl-C ends it early and keeps what is complete.")]
+                        And report.html, to look at them. They are sampled as in training: see [rollout] in a run's config.toml. Each episode is \
+                        written when it is complete, and all are put in order at the end. Ctrl-C ends it early and keeps what is complete.")]
 pub(super) struct Args {
     #[command(flatten)]
     from: ModelArgs,
     /// Questions
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=1 << 32))]
     items: u64,
     /// Episodes per question
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 16))]
     samples: usize,
     /// Ask the held-out questions, not those of training
     #[arg(long)]
@@ -39,12 +44,8 @@ const SHOWN: usize = 160;
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let config = args.from.config()?;
-    if args.items == 0 || args.samples == 0 {
-        return Err(Error::input("no episode was asked for", "give --items and --samples at least 1"));
-    }
     let records = Records::create(&args.from.out, FILE)?;
     let stop = stop_on_signal()?;
-    let jobs: Vec<u64> = (0..args.items).collect();
     let example: Box<dyn Fn(u64) -> Result<_>> = if args.held_out {
         let all = held_out_examples(&config)?;
         Box::new(move |i| Ok(Arc::clone(&all[i as usize % all.len()])))
@@ -59,14 +60,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
     let path = records.dir.join(FILE);
     let failed = |e| Error::io("write the episodes", &path, e);
-    let mut out = BufWriter::new(File::create(&path).map_err(failed)?);
+    let mut out = Episodes { file: File::create(&path).map_err(failed)?, end: 0, lines: Vec::new() };
     let total = args.items * args.samples as u64;
     let mut progress = Progress::new("rollout", 0, total);
-    let (mut finished, mut shown, mut sums) = (0, Vec::new(), Vec::<(&str, f64)>::new());
+    let (mut finished, mut shown, mut sums, mut complete) = (0, Vec::new(), Vec::<(&str, f64)>::new(), 0.0);
     let mut ended_by = None;
-    for part in jobs.chunks((BATCH / args.samples).max(1)) {
-        let job = |&i: &u64| Ok(Job { example: example(i)?, group: i, samples: args.samples });
-        let jobs = match part.iter().map(job).collect::<Result<Vec<_>>>() {
+    let part = (BATCH / args.samples).max(1);
+    for first in (0..args.items).step_by(part) {
+        let job = |i: u64| Ok(Job { example: example(i)?, group: i, samples: args.samples });
+        let jobs = match (first..args.items.min(first + part as u64)).map(job).collect::<Result<Vec<_>>>() {
             Ok(jobs) => jobs,
             Err(e) => {
                 ended_by = Some(e);
@@ -74,52 +76,110 @@ pub(super) fn run(args: &Args) -> Result<()> {
             }
         };
         let before = finished;
+        let mut unwritten = None;
         let Partial { episodes, ended_by: ended } =
-            rollouts.run_as_far_as_it_goes(&jobs, config.run.seed, |done, _| progress.set(before + done as u64, &[]));
+            rollouts.run_as_far_as_it_goes(&jobs, config.run.seed, |done, episode| {
+                if let (Ok(t), None) = (episode, &unwritten)
+                    && let Err(e) = row(t, &records.store).and_then(|row| out.append(t, &row).map_err(failed))
+                {
+                    unwritten = Some(e);
+                    stop.store(true, Ordering::SeqCst);
+                }
+                // Counted when it is written, not before.
+                progress.set(before + done as u64, &[]);
+            });
         finished += episodes.iter().flatten().count() as u64;
         let most = SHOWN - shown.len();
-        shown.extend(views(&episodes, &jobs, 0, Phase::Train, most, &records.store, &loaded.tokenizer, |_| None)?);
-        let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
-        for t in &done {
-            serde_json::to_writer(&mut out, &row(t, &records.store)?).map_err(|e| failed(e.into()))?;
-            out.write_all(b"\n").map_err(failed)?;
+        match views(&episodes, &jobs, 0, Phase::Train, most, &records.store, &loaded.tokenizer, |_| None) {
+            Ok(more) => shown.extend(more),
+            Err(e) => unwritten = unwritten.or(Some(e)),
         }
+        let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
         for void in episodes.iter().flatten().filter_map(|e| e.as_ref().err()) {
             progress.note(&format!("left out: episode {} of item {}: {}", void.sample, void.group, void.error));
         }
         let n = done.len() as f64;
-        for (name, mean) in episode_metrics(&done, Phase::Train).into_iter().chain([("episodes/written", 1.0)]) {
+        complete += n;
+        for (name, mean) in episode_metrics(&done, Phase::Train) {
             match sums.iter_mut().find(|(k, _)| *k == name) {
                 Some((_, sum)) => *sum += mean * n,
                 None => sums.push((name, mean * n)),
             }
         }
-        ended_by = ended;
+        // What could not be written is why the rest was stopped.
+        ended_by = unwritten.or(ended);
         if ended_by.is_some() {
             break;
         }
     }
-    out.into_inner().map_err(|e| failed(e.into_error()))?;
     progress.finish();
-    let written = sums.iter().find(|(k, _)| *k == "episodes/written").map_or(0.0, |(_, n)| *n);
+    let written = out.lines.len();
     let ended_by = match ended_by {
-        Some(e) if written == 0.0 => {
+        Some(e) if written == 0 => {
             // An empty file would keep the same command from being run again.
             std::fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
             return Err(e);
         }
         ended_by => ended_by,
     };
-    sums.iter_mut().filter(|(k, _)| *k != "episodes/written").for_each(|(_, v)| *v /= written.max(1.0));
-    records.store.write(Phase::Train, 0, &shown)?;
-    let report = records.finish(&config, &sums)?;
-    say!("{written} episodes  {}\nreport  {}", path.display(), report.display());
-    let counts = [written as usize, total as usize];
+    sums.iter_mut().for_each(|(_, sum)| *sum /= f64::max(complete, 1.0));
+    sums.push(("episodes/written", written as f64));
+    say!("{written} episodes  {}", path.display());
+    let report = out
+        .sort(&path)
+        .and_then(|()| records.store.write(Phase::Train, 0, &shown))
+        .and_then(|()| records.finish(&config, &sums));
+    match report {
+        Ok(report) => say!("report  {}", report.display()),
+        // The first failure is the one to report; here it is most likely the same again.
+        Err(e) => return Err(records.kept(&path, ended_by.filter(|e| !matches!(e, Error::Cancelled(_))).unwrap_or(e))),
+    }
+    let counts = [written, total as usize];
     ended_by.map_or(Ok(()), |e| Err(ended_early(e, counts, "episodes are complete and written")))
 }
 
 /// The episodes' file.
 const FILE: &str = "episodes.jsonl";
+
+/// The file under way: a line is in it, whole, as soon as its episode is complete, so that a process that is killed loses no
+/// more than the episodes under way.
+struct Episodes {
+    file: File,
+    end: u64,
+    /// Of each line: the group and the sample, where it begins, how long it is.
+    lines: Vec<(u64, u64, u64, u64)>,
+}
+
+impl Episodes {
+    fn append(&mut self, t: &Trajectory, row: &Value) -> std::io::Result<()> {
+        let line = format!("{row}\n");
+        if let Err(e) = self.file.write_all(line.as_bytes()) {
+            // A part of a line would spoil the file for who reads it.
+            let _ = self.file.set_len(self.end);
+            return Err(e);
+        }
+        self.lines.push((t.group, t.sample, self.end, line.len() as u64));
+        self.end += line.len() as u64;
+        Ok(())
+    }
+
+    /// Puts the episodes in the order of questions and samples, so that the same command writes the same file. The file
+    /// is replaced as a whole.
+    fn sort(&mut self, path: &Path) -> Result<()> {
+        if self.lines.is_sorted() {
+            return Ok(());
+        }
+        self.lines.sort_unstable();
+        let failed = |e| Error::io("put the episodes in order in", path, e);
+        let mut from = File::open(path).map_err(failed)?;
+        write_atomically(path, |out| {
+            self.lines.iter().try_for_each(|&(.., start, len)| {
+                from.seek(SeekFrom::Start(start)).map_err(failed)?;
+                std::io::copy(&mut (&from).take(len), out).map(|_| ()).map_err(failed)
+            })
+        })
+    }
+}
 
 fn row(t: &Trajectory, store: &TrajectoryStore) -> Result<Value> {
     let mut spans: Vec<(Author, usize, usize)> = Vec::new();

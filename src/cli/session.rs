@@ -85,10 +85,10 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::Input`] where a new run would overwrite one, where there is none to go on with, or where `config` would make
-    /// another run of it; [`Error::Io`] on the folder.
+    /// another run of it, or its model is not there; [`Error::Io`] on the folder.
     pub fn open(config: &RunConfig, kind: &str, resume: bool) -> Result<Session> {
         let dir = config.run_dir();
-        let resume_command = format!("varft {kind} {} --resume", dir.display());
+        let resume_command = resume_command(kind, &dir);
         let config_file = dir.join(CONFIG_FILE);
         let there = config_file.exists() || dir.join("checkpoints").exists();
         if there && !resume {
@@ -103,8 +103,11 @@ impl Session {
                 "check run.dir and run.name, or begin the run without --resume",
             ));
         }
-        std::fs::create_dir_all(&dir).map_err(|e| Error::io("create the run's folder", &dir, e))?;
-        let lock = lock(&dir)?;
+        // None at all is another error, which says how to name one.
+        if !config.model.path.is_empty() {
+            super::check_model_folder(Path::new(&config.model.path))?;
+        }
+        let lock = hold(&dir)?;
         let mut checkpoint = None;
         if resume {
             let earlier = RunConfig::read(Some(&config_file), &[])?;
@@ -122,17 +125,23 @@ impl Session {
         if let Some(c) = checkpoint.as_ref().filter(|c| c.state.kind != kind) {
             return Err(Error::input(
                 format!("{}: a run of `varft {}`, not of `varft {kind}`", dir.display(), c.state.kind),
-                format!("go on with `varft {} {} --resume`, or begin a new run", c.state.kind, dir.display()),
+                format!("go on with `{}`, or begin a new run", self::resume_command(&c.state.kind, &dir)),
             ));
         }
         let state = match &checkpoint {
             Some(c) => c.state.clone(),
-            None => TrainState { kind: kind.to_owned(), step: 0, updates: 0 },
+            None => begun(kind),
         };
         if resume {
             note!("{}: going on after step {} of {}", dir.display(), state.step, config.optim.steps);
         }
         Ok(Session { dir, state, resume_command, checkpoint, _lock: lock })
+    }
+
+    /// Begins the run of `config` in its folder, which `lock` holds and where there is none.
+    pub fn anew(config: &RunConfig, kind: &str, lock: File) -> Session {
+        let dir = config.run_dir();
+        Session { resume_command: resume_command(kind, &dir), dir, state: begun(kind), checkpoint: None, _lock: lock }
     }
 
     /// The folder of the weights to go on from; none for those that the run begins with.
@@ -198,9 +207,36 @@ impl Session {
     }
 }
 
-/// Takes the folder for this process. The system lets go of it when the process ends, however it ends.
-fn lock(dir: &Path) -> Result<File> {
-    let path = dir.join(".lock");
+/// Where a run of the command `kind` begins.
+fn begun(kind: &str) -> TrainState {
+    TrainState { kind: kind.to_owned(), step: 0, updates: 0 }
+}
+
+fn resume_command(kind: &str, dir: &Path) -> String {
+    format!("varft {kind} {} --resume", quoted(dir))
+}
+
+/// A path as a POSIX shell reads it.
+pub(super) fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |c: char| c.is_alphanumeric() || "/._-+,:@%=".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        return text;
+    }
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+/// The file whose lock holds a run's folder.
+pub(super) const LOCK_FILE: &str = ".lock";
+
+/// Takes the folder for this process, and makes it where there is none. The system lets go of it when the process ends,
+/// however it ends.
+///
+/// # Errors
+/// [`Error::Input`] where another process has it, [`Error::Io`] on the folder.
+pub(super) fn hold(dir: &Path) -> Result<File> {
+    std::fs::create_dir_all(dir).map_err(|e| Error::io("create the run's folder", dir, e))?;
+    let path = dir.join(LOCK_FILE);
     let file = File::create(&path).map_err(|e| Error::io("write", &path, e))?;
     // SAFETY: the descriptor is open.
     if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
@@ -227,4 +263,19 @@ pub(super) fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     })
     .map_err(|e| Error::internal(format!("cannot watch for Ctrl-C: {e}")))?;
     Ok(stop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shell_reads_a_quoted_path_as_it_is() {
+        for path in ["runs/mine-2.1", "a b", "it's", "", "$HOME/~", "-x;y", "größe", "a\nb"] {
+            let echo = format!("printf %s {}", quoted(Path::new(path)));
+            let out = std::process::Command::new("sh").args(["-c", &echo]).output().unwrap();
+            assert_eq!(String::from_utf8(out.stdout).unwrap(), path);
+        }
+        assert_eq!(quoted(Path::new("runs/mine-2.1")), "runs/mine-2.1");
+    }
 }

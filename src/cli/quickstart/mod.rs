@@ -3,10 +3,9 @@
 
 mod warm;
 
-use super::session::{Session, stop_on_signal};
+use super::session::{LOCK_FILE, Session, hold, quoted, stop_on_signal};
 use super::setup::Loaded;
-use crate::model::write_atomically;
-use crate::report::{Record, read_metrics};
+use crate::report::read_metrics;
 use crate::train::RunConfig;
 use crate::train::grpo::{self, Finished};
 use crate::train::room::Source;
@@ -17,7 +16,7 @@ use std::time::Instant;
 
 /// What makes it short.
 const SMOKE: [&str; 5] =
-    ["optim.steps=3", "optim.warmup_steps=1", "rollout.prompts=4", "rollout.group_size=4", "task.eval_items=24"];
+    ["optim.steps=3", "optim.warmup_steps=0", "rollout.prompts=4", "rollout.group_size=4", "task.eval_items=24"];
 
 /// Marks a folder as one that quickstart made and may replace.
 const MARK: &str = ".quickstart";
@@ -74,11 +73,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let model = out.join("warm-start");
     config.model.path = model.display().to_string();
     config.check()?;
+    // Looked at before the lock too, which would be one more file in a folder that is someone else's.
+    check_replaceable(&out)?;
+    let lock = hold(&out)?;
     clear(&out)?;
-    warm::unpack(&model)?;
-    let session = Session::open(&config, "train", false)?;
+    // The mark comes first: what is cut short from here on can be replaced.
     let mark = out.join(MARK);
-    write_atomically(&mark, |f| f.write_all(b"made by varft quickstart\n").map_err(|e| Error::io("write", &mark, e)))?;
+    std::fs::write(&mark, "made by varft quickstart\n").map_err(|e| Error::io("write", &mark, e))?;
+    warm::unpack(&model)?;
+    let session = Session::anew(&config, "train", lock);
 
     let started = Instant::now();
     let stop = stop_on_signal()?;
@@ -103,49 +106,113 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let mut keeper = session.keeper(&config, &loaded)?;
     let finished = grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper);
     drop(keeper);
-    if !matches!(finished, Ok(Finished::Complete)) {
-        return session.end(finished);
-    }
-    let blind_after = withheld()?;
+    let last = config.optim.steps;
+    let checkpoint = out.join("checkpoints").join(format!("step-{last}"));
+    let blind_after = match &finished {
+        Ok(Finished::Complete) => withheld(),
+        // Stopped in the last measurement: what is known is shown all the same.
+        Ok(Finished::Stopped { at }) if *at == last && last > 0 => {
+            print_table(&out, setup.eval.len(), last, [Some(&blind_before), None])?;
+            say!("\nreport      {}", crate::report::write(&out)?.display());
+            say!("talk to it  varft chat {}", quoted(&checkpoint));
+            return session.end(finished);
+        }
+        _ => return session.end(finished),
+    };
+    print_table(&out, setup.eval.len(), last, [Some(&blind_before), blind_after.as_ref().ok()])?;
     let report = crate::report::write(&out)?;
-    say!(
-        "\n| {} held-out questions | F1 | exact match | format | F1 with the tool's images withheld |",
-        setup.eval.len()
-    );
+    say!("\nin {:.0} s\nreport      {}", started.elapsed().as_secs_f64(), report.display());
+    say!("talk to it  varft chat {}", quoted(&checkpoint));
+    match blind_after {
+        Ok(_) => Ok(()),
+        Err(Error::Cancelled(_)) => Err(Error::Cancelled(format!(
+            "stopped in the last measurement; the training is complete, and its model is {}",
+            checkpoint.display()
+        ))),
+        Err(e) => Err(e),
+    }
+}
+
+/// Prints the scores before the first step and after step `last`, as far as they are known. `blind`: those with the tool's
+/// images withheld.
+fn print_table(run: &Path, questions: usize, last: u64, blind: [Option<&Scores>; 2]) -> Result<()> {
+    say!("\n| {questions} held-out questions | F1 | exact match | format | F1 with the tool's images withheld |");
     say!("|---|---|---|---|---|");
-    let measured: Vec<Record> =
-        read_metrics(&out)?.into_iter().filter(|r| r.values.iter().any(|(name, _)| name == "eval/f1")).collect();
-    for (name, record, blind) in [("before", measured.first(), &blind_before), ("after", measured.last(), &blind_after)]
-    {
-        let percent = |figure: &str| {
-            let value = record.and_then(|r| r.values.iter().find(|(name, _)| name == figure)).map_or(f64::NAN, |v| v.1);
-            format!("{:.1}%", 100.0 * value)
-        };
+    let records = read_metrics(run)?;
+    for ((name, step), blind) in [("before", 0), ("after", last)].into_iter().zip(blind) {
+        let measured =
+            |figure: &str| records.iter().filter(|r| r.step == step).flat_map(|r| &r.values).find(|(n, _)| n == figure);
+        let percent = |value: Option<f64>| value.map_or("not measured".to_owned(), |v| format!("{:.1}%", 100.0 * v));
+        let figure = |name: &str| percent(measured(name).map(|(_, value)| *value));
         say!(
-            "| {name} | {} | {} | {} | {:.1}% |",
-            percent("eval/f1"),
-            percent("eval/em"),
-            percent("eval/format"),
-            100.0 * blind.f1
+            "| {name} | {} | {} | {} | {} |",
+            figure("eval/f1"),
+            figure("eval/em"),
+            figure("eval/format"),
+            percent(blind.map(|b| b.f1))
         );
     }
-    say!("\nin {:.0} s\nreport      {}", started.elapsed().as_secs_f64(), report.display());
-    say!("talk to it  varft chat {}", out.join("checkpoints").join(format!("step-{}", config.optim.steps)).display());
     Ok(())
 }
 
-/// Removes what an earlier quickstart left in `dir`, and nothing that is not one.
-fn clear(dir: &Path) -> Result<()> {
-    if !dir.exists() {
+/// Checks that `dir` is a quickstart's, or holds nothing, or is not there.
+fn check_replaceable(dir: &Path) -> Result<()> {
+    if !dir.exists() || dir.join(MARK).is_file() {
         return Ok(());
     }
     let failed = |e| Error::io("replace the earlier run in", dir, e);
-    let empty = dir.read_dir().map_err(failed)?.next().is_none();
-    if !empty && !dir.join(MARK).is_file() {
-        return Err(Error::input(
-            format!("{}: this folder holds something that is no quickstart", dir.display()),
-            "give --out another folder",
-        ));
+    for entry in dir.read_dir().map_err(failed)? {
+        if entry.map_err(failed)?.file_name() != LOCK_FILE {
+            return Err(Error::input(
+                format!("{}: this folder holds something that is no quickstart", dir.display()),
+                "give --out another folder",
+            ));
+        }
     }
-    std::fs::remove_dir_all(dir).map_err(failed)
+    Ok(())
+}
+
+/// Removes what an earlier quickstart left in `dir`, and nothing that is not one. The lock stays, which is this process's, and
+/// so does the mark: the rest can still be replaced if this is cut short.
+fn clear(dir: &Path) -> Result<()> {
+    check_replaceable(dir)?;
+    let failed = |e| Error::io("replace the earlier run in", dir, e);
+    for entry in dir.read_dir().map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.file_name() == LOCK_FILE || entry.file_name() == MARK {
+            continue;
+        }
+        let folder = entry.file_type().map_err(failed)?.is_dir();
+        if folder { std::fs::remove_dir_all(entry.path()) } else { std::fs::remove_file(entry.path()) }
+            .map_err(failed)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_quickstart_is_replaced_and_its_lock_and_mark_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = || {
+            let mut all: Vec<_> = dir.path().read_dir().unwrap().map(|e| e.unwrap().file_name()).collect();
+            all.sort();
+            all
+        };
+        let lock = hold(dir.path()).unwrap();
+        // Killed before its mark was there: nothing but the lock.
+        clear(dir.path()).unwrap();
+        std::fs::create_dir(dir.path().join("warm-start")).unwrap();
+        std::fs::write(dir.path().join("report.html"), "x").unwrap();
+        assert!(clear(dir.path()).unwrap_err().to_string().contains("no quickstart"));
+        assert_eq!(names(), [LOCK_FILE, "report.html", "warm-start"]);
+        std::fs::write(dir.path().join(MARK), "").unwrap();
+        clear(dir.path()).unwrap();
+        assert_eq!(names(), [LOCK_FILE, MARK]);
+        assert!(hold(dir.path()).unwrap_err().to_string().contains("another process"));
+        drop(lock);
+        hold(dir.path()).unwrap();
+    }
 }
