@@ -91,7 +91,7 @@ impl Config {
     /// Reads `dir/config.json`.
     pub fn load(dir: &Path) -> Result<Config> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|e| match e.kind() {
+        let text = crate::files::read_to_string(&path).map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => Error::input(
                 format!("{}: there is no config.json", dir.display()),
                 "give the folder of a Qwen2.5-VL checkpoint (config.json, model*.safetensors, tokenizer.json), or make one with `varft init`",

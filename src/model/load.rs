@@ -11,7 +11,6 @@ use indicatif::{ProgressBar, ProgressStyle};
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// The file that says which shard holds which tensor.
@@ -53,7 +52,7 @@ impl Checkpoint {
         let files = files(dir)?;
         let mut it = Checkpoint { shards: Vec::new(), tensors: HashMap::new() };
         for path in files {
-            let file = File::open(&path).map_err(|e| match e.kind() {
+            let file = crate::files::open(&path).map_err(|e| match e.kind() {
                 std::io::ErrorKind::NotFound => Error::input(
                     format!("{}: this shard of the checkpoint is missing ({INDEX} names it)", path.display()),
                     FETCH,
@@ -223,7 +222,7 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let text = std::fs::read_to_string(&index).map_err(|e| Error::io("read the list of shards", &index, e))?;
+    let text = crate::files::read_to_string(&index).map_err(|e| Error::io("read the list of shards", &index, e))?;
     let parsed: Index = serde_json::from_str(&text)
         .map_err(|e| Error::input(format!("{}: not a list of shards: {e}", index.display()), FETCH))?;
     let names: BTreeSet<String> = parsed.weight_map.into_values().collect();

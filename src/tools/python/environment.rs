@@ -185,7 +185,7 @@ fn make(folder: &Path, what: &str, fill: impl FnOnce(&Path, &ProgressBar) -> Res
     }
     std::fs::create_dir(&part).map_err(|e| Error::io("create", &part, e))?;
     // Said on standard error in words as well: a spinner is only seen on a terminal.
-    eprintln!("{what}, in {}", folder.display());
+    note!("{what}, in {}", folder.display());
     fill(&part, &bar)?;
     std::fs::rename(&part, folder).map_err(|e| Error::io("rename what was made to", folder, e))?;
     bar.finish_and_clear();
