@@ -111,7 +111,7 @@ impl Learner {
     /// leaves out ([`Engine::forbidden`](crate::engine::Engine::forbidden)); empty for the plain softmax.
     ///
     /// # Errors
-    /// [`Error::Limit`](crate::Error::Limit) if gradients and moments do not fit the memory.
+    /// [`Error::Limit`] if gradients and moments do not fit the memory.
     pub fn new(model: Arc<Model>, options: &Optim, forbidden: &[u32]) -> Result<Learner> {
         let device = model.device().clone();
         let c = &model.config;
