@@ -28,7 +28,7 @@ fn commands() -> Vec<String> {
 fn every_command_explains_itself_with_an_example() {
     let all = commands();
     assert!(
-        ["init", "sft", "train", "rollout", "eval", "chat", "inspect", "report", "doctor"]
+        ["quickstart", "init", "sft", "train", "rollout", "eval", "chat", "inspect", "report", "doctor"]
             .iter()
             .all(|c| all.contains(&c.to_string())),
         "{all:?}"

@@ -40,7 +40,7 @@ pub(super) fn unpack(dir: &Path) -> Result<()> {
     })
 }
 
-/// The shape: every part of Qwen2.5-VL, about a million parameters.
+/// The shape: Qwen2.5-VL with about a million parameters, and full attention throughout: its images are smaller than a window.
 fn shape() -> Config {
     let mut c = Preset::Tiny.config();
     (c.hidden_size, c.intermediate_size, c.layers) = (128, 256, 4);
