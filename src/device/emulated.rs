@@ -162,7 +162,7 @@ impl Emulator {
 
 impl Memory {
     /// Number of elements.
-    #[allow(clippy::len_without_is_empty)]
+    #[allow(clippy::len_without_is_empty)] // nobody asks whether memory is empty
     pub fn len(&self) -> usize {
         self.len
     }

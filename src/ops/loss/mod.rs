@@ -61,7 +61,7 @@ impl LossRows {
     }
 
     /// Number of entries.
-    #[allow(clippy::len_without_is_empty)]
+    #[allow(clippy::len_without_is_empty)] // nobody asks whether it is empty
     pub fn len(&self) -> usize {
         self.n
     }
