@@ -1,13 +1,13 @@
 //! The CUDA emulator: its execution model against what CUDA promises, its checks against kernels with planted mistakes
-//! (`tests/kernels/planted.cu`), and the first kernels against f64. Seeds are fresh in every run, and printed.
+//! (`tests/kernels/planted.cu`). Seeds are fresh in every run, and printed.
 #![cfg(emulator)]
 
 use half::bf16;
 use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
 use std::process::Command;
-use varft::device::DType;
-use varft::device::emulated::{Arg, Emulator, Launch, Memory, TensorMap};
+use varft::device::emulated::Emulator;
+use varft::device::{Arg, Buffer, DType, Launch, TensorMap};
 
 // Brings the test kernels into this program: their table of names is filled before `main`.
 #[link(name = "varft_test_kernels", kind = "static", modifiers = "+whole-archive")]
@@ -55,8 +55,8 @@ fn indices_run_over_three_dimensions() {
     let (grid, block) = ([3, 2, 2], [4, 3, 5]);
     let n = 12 * 60;
     let out = gpu.alloc(DType::U32, n).unwrap();
-    gpu.launch("indices", Launch { grid, block, shared_bytes: 0 }, &[Arg::Memory(&out)]).unwrap();
-    for (i, got) in out.read::<u32>().unwrap().into_iter().enumerate() {
+    gpu.launch("indices", Launch { grid, block, shared_bytes: 0 }, &[Arg::Buffer(&out)]).unwrap();
+    for (i, got) in gpu.read::<u32>(&out).unwrap().into_iter().enumerate() {
         let (b, t) = (i as u32 / 60, i as u32 % 60);
         let want = (b % 3) | (b / 3 % 2) << 4 | (b / 6) << 8 | (t % 4) << 12 | (t / 4 % 3) << 16 | (t / 12) << 20;
         assert_eq!(got, want, "block {b}, thread {t}");
@@ -68,10 +68,10 @@ fn shuffles_read_the_lanes_that_the_ptx_manual_says() {
     let (gpu, mut rng) = (fresh(), noise());
     for width in [1, 2, 4, 8, 16, 32] {
         let operands: Vec<i32> = (0..32).map(|_| rng.below(40) as i32).collect();
-        let (ops, out) = (gpu.upload(&operands).unwrap(), gpu.alloc(DType::I32, 128).unwrap());
-        let args = [Arg::Memory(&ops), Arg::I32(width), Arg::Memory(&out)];
+        let (ops, out) = (gpu.copied(&operands).unwrap(), gpu.alloc(DType::I32, 128).unwrap());
+        let args = [Arg::Buffer(&ops), Arg::I32(width), Arg::Buffer(&out)];
         gpu.launch("shuffles", Launch::linear(1, 32), &args).unwrap();
-        let out = out.read::<i32>().unwrap();
+        let out = gpu.read::<i32>(&out).unwrap();
         for lane in 0..32 {
             // "shfl.sync": the pseudocode, with c as __shfl*_sync set it.
             let (b, seg) = (operands[lane as usize] & 31, 32 - width);
@@ -95,9 +95,9 @@ fn votes_and_shuffles_under_partial_masks() {
     for round in 0..4 {
         // All true and all false in one half at least once.
         let p: Vec<i32> = (0..24).map(|l| if round < 2 && l < 16 { round } else { rng.below(2) as i32 }).collect();
-        let (pb, out) = (gpu.upload(&p).unwrap(), gpu.upload(&[0u32; 128]).unwrap());
-        gpu.launch("votes", Launch::linear(1, 24), &[Arg::Memory(&pb), Arg::Memory(&out)]).unwrap();
-        let out = out.read::<u32>().unwrap();
+        let (pb, out) = (gpu.copied(&p).unwrap(), gpu.copied(&[0u32; 128]).unwrap());
+        gpu.launch("votes", Launch::linear(1, 24), &[Arg::Buffer(&pb), Arg::Buffer(&out)]).unwrap();
+        let out = gpu.read::<u32>(&out).unwrap();
         for lane in 0..24 {
             let group = if lane < 16 { 0..16 } else { 16..24 };
             let ballot = group.clone().filter(|&l| p[l] != 0).fold(0u32, |b, l| b | 1 << l);
@@ -115,19 +115,19 @@ fn barriers_order_what_they_should() {
     let data: Vec<i32> = (0..64).map(|i| i * 7).collect();
     for seed in 0..20 {
         let gpu = gpu.with_seed(seed);
-        let (x, out) = (gpu.upload(&data).unwrap(), gpu.alloc(DType::I32, 128).unwrap());
-        gpu.launch("producer_consumer", Launch::linear(1, 96), &[Arg::Memory(&x), Arg::Memory(&out)]).unwrap();
-        for (i, got) in out.read::<i32>().unwrap().into_iter().enumerate() {
+        let (x, out) = (gpu.copied(&data).unwrap(), gpu.alloc(DType::I32, 128).unwrap());
+        gpu.launch("producer_consumer", Launch::linear(1, 96), &[Arg::Buffer(&x), Arg::Buffer(&out)]).unwrap();
+        for (i, got) in gpu.read::<i32>(&out).unwrap().into_iter().enumerate() {
             assert_eq!(got, data[i / 64 * 32 + 31 - i % 32]);
         }
         let out = gpu.alloc(DType::I32, 64).unwrap();
-        gpu.launch("warp_reverse", Launch::linear(1, 64), &[Arg::Memory(&x), Arg::Memory(&out)]).unwrap();
-        for (i, got) in out.read::<i32>().unwrap().into_iter().enumerate() {
+        gpu.launch("warp_reverse", Launch::linear(1, 64), &[Arg::Buffer(&x), Arg::Buffer(&out)]).unwrap();
+        for (i, got) in gpu.read::<i32>(&out).unwrap().into_iter().enumerate() {
             assert_eq!(got, data[i / 32 * 32 + 31 - i % 32]);
         }
         let out = gpu.alloc(DType::I32, 40).unwrap();
-        gpu.launch("early_exit", Launch::linear(1, 128), &[Arg::Memory(&out)]).unwrap();
-        assert!(out.read::<i32>().unwrap().iter().enumerate().all(|(i, &v)| v == if i < 32 { -1 } else { 0xFF }));
+        gpu.launch("early_exit", Launch::linear(1, 128), &[Arg::Buffer(&out)]).unwrap();
+        assert!(gpu.read::<i32>(&out).unwrap().iter().enumerate().all(|(i, &v)| v == if i < 32 { -1 } else { 0xFF }));
     }
 }
 
@@ -136,23 +136,23 @@ fn atomics_lose_nothing_between_blocks_on_several_threads() {
     let gpu = fresh();
     let (blocks, threads) = (40usize, 96usize);
     let n = (blocks * threads) as u32;
-    let (counters, sum) = (gpu.upload(&[0u32; 3]).unwrap(), gpu.upload(&[0f32]).unwrap());
-    let (largest, wide) = (gpu.upload(&[0u32]).unwrap(), gpu.upload(&[1u64]).unwrap());
-    let args = [Arg::Memory(&counters), Arg::Memory(&sum), Arg::Memory(&largest), Arg::Memory(&wide)];
+    let (counters, sum) = (gpu.copied(&[0u32; 3]).unwrap(), gpu.copied(&[0f32]).unwrap());
+    let (largest, wide) = (gpu.copied(&[0u32]).unwrap(), gpu.copied(&[1u64]).unwrap());
+    let args = [Arg::Buffer(&counters), Arg::Buffer(&sum), Arg::Buffer(&largest), Arg::Buffer(&wide)];
     gpu.launch("atomics", Launch::linear(blocks, threads), &args).unwrap();
-    assert_eq!(counters.read::<u32>().unwrap(), [2 * n, 3 * n, n]);
-    assert_eq!(sum.read::<f32>().unwrap(), [n as f32 / 2.0]);
-    assert_eq!(largest.read::<u32>().unwrap(), [39_095]);
-    assert_eq!(wide.read::<u64>().unwrap(), [1 + (u64::from(n) << 32)]);
+    assert_eq!(gpu.read::<u32>(&counters).unwrap(), [2 * n, 3 * n, n]);
+    assert_eq!(gpu.read::<f32>(&sum).unwrap(), [n as f32 / 2.0]);
+    assert_eq!(gpu.read::<u32>(&largest).unwrap(), [39_095]);
+    assert_eq!(gpu.read::<u64>(&wide).unwrap(), [1 + (u64::from(n) << 32)]);
 }
 
 #[test]
 fn asynchronous_copies_land_group_by_group_with_zeros_for_the_rest() {
     let gpu = fresh();
     let data: Vec<u32> = (1..=512).collect();
-    let (x, out) = (gpu.upload(&data).unwrap(), gpu.alloc(DType::U32, 512).unwrap());
-    gpu.launch("async_copies", Launch::linear(1, 32), &[Arg::Memory(&x), Arg::Memory(&out)]).unwrap();
-    for (i, got) in out.read::<u32>().unwrap().into_iter().enumerate() {
+    let (x, out) = (gpu.copied(&data).unwrap(), gpu.alloc(DType::U32, 512).unwrap());
+    gpu.launch("async_copies", Launch::linear(1, 32), &[Arg::Buffer(&x), Arg::Buffer(&out)]).unwrap();
+    for (i, got) in gpu.read::<u32>(&out).unwrap().into_iter().enumerate() {
         let (stage, t, e) = (i / 256, 31 - i / 8 % 32, i % 8);
         let cut = t == 31 && [3, 5, 7].contains(&e);
         assert_eq!(got, if cut { 0 } else { data[(stage * 32 + t) * 8 + e] }, "element {i}");
@@ -163,8 +163,8 @@ fn asynchronous_copies_land_group_by_group_with_zeros_for_the_rest() {
 fn ldmatrix_spreads_rows_and_columns_over_lanes() {
     let gpu = fresh();
     let out = gpu.alloc(DType::U32, 24 * 32).unwrap();
-    gpu.launch("load_matrices", Launch::linear(1, 32), &[Arg::Memory(&out)]).unwrap();
-    let out = out.read::<u32>().unwrap();
+    gpu.launch("load_matrices", Launch::linear(1, 32), &[Arg::Buffer(&out)]).unwrap();
+    let out = gpu.read::<u32>(&out).unwrap();
     for (form, matrices) in [1, 2, 4, 1, 2, 4].into_iter().enumerate() {
         for (m, lane) in (0..matrices).flat_map(|m| (0..32).map(move |l| (m, l))) {
             let element = |row: u32, col: u32| m * 64 + row * 8 + col;
@@ -188,11 +188,11 @@ fn mma_equals_the_f64_product_for_both_types() {
         };
         let (a, rest) = values.split_at(256);
         let (b, c) = rest.split_at(128);
-        let [ab, bb] = [a, b].map(|v| gpu.upload(&pairs(v)).unwrap());
-        let d = gpu.upload(c).unwrap();
-        let args = [Arg::Memory(&ab), Arg::Memory(&bb), Arg::Memory(&d), Arg::I32(is_f16.into())];
+        let [ab, bb] = [a, b].map(|v| gpu.copied(&pairs(v)).unwrap());
+        let d = gpu.copied(c).unwrap();
+        let args = [Arg::Buffer(&ab), Arg::Buffer(&bb), Arg::Buffer(&d), Arg::I32(is_f16.into())];
         gpu.launch("multiply_tile", Launch::linear(1, 32), &args).unwrap();
-        for (i, got) in d.read::<f32>().unwrap().into_iter().enumerate() {
+        for (i, got) in gpu.read::<f32>(&d).unwrap().into_iter().enumerate() {
             let (row, col) = (i / 8, i % 8);
             let terms = (0..16).map(|k| exact(a[row * 16 + k]) * exact(b[col * 16 + k]));
             let want = f64::from(c[i]) + terms.sum::<f64>();
@@ -209,15 +209,15 @@ fn a_pipelined_product_of_tiles_equals_f64_under_many_seeds() {
     let mut first: Option<Vec<f32>> = None;
     for round in 0..3 {
         let gpu = gpu.with_seed(rng.next());
-        let (ab, bb, cb) = (gpu.upload(&a).unwrap(), gpu.upload(&b).unwrap(), gpu.alloc(DType::F32, m * n).unwrap());
+        let (ab, bb, cb) = (gpu.copied(&a).unwrap(), gpu.copied(&b).unwrap(), gpu.alloc(DType::F32, m * n).unwrap());
         let shape =
             Launch { grid: [n as u32 / 64, m as u32 / 64, 1], block: [128, 1, 1], shared_bytes: 3 * 2 * 64 * 64 * 2 };
-        let args = [Arg::Memory(&ab), Arg::Memory(&bb), Arg::Memory(&cb), Arg::I32(n as i32), Arg::I32(k as i32)];
+        let args = [Arg::Buffer(&ab), Arg::Buffer(&bb), Arg::Buffer(&cb), Arg::I32(n as i32), Arg::I32(k as i32)];
         let start = std::time::Instant::now();
         gpu.launch("gemm_bf16", shape, &args).unwrap();
         let rate = 2.0 * (m * n * k) as f64 / start.elapsed().as_secs_f64() / 1e9;
         println!("round {round}: mma at {rate:.2} GFLOP/s");
-        let got = cb.read::<f32>().unwrap();
+        let got = gpu.read::<f32>(&cb).unwrap();
         for (i, &g) in got.iter().enumerate() {
             let (row, col) = (&a[i / n * k..][..k], &b[i % n * k..][..k]);
             let want: f64 = row.iter().zip(col).map(|(x, y)| x.to_f64() * y.to_f64()).sum();
@@ -235,25 +235,25 @@ fn tensor_copies_move_swizzled_boxes_through_a_ring_of_mbarriers() {
             let size = [40usize + 8 * rng.below(4) as usize, 19, 5];
             let region = [width, 6, 3];
             let data: Vec<u16> = (0..size.iter().take(rank).product::<usize>()).map(|i| i as u16 + 1).collect();
-            let x = gpu.upload(&data.iter().map(|&b| bf16::from_bits(b)).collect::<Vec<_>>()).unwrap();
+            let x = gpu.copied(&data.iter().map(|&b| bf16::from_bits(b)).collect::<Vec<_>>()).unwrap();
             let map = TensorMap::new(&x, &size[..rank], &region[..rank], swizzle).unwrap();
             // Boxes anywhere, also across every edge.
             let boxes = 5;
             let corners: Vec<i32> = (0..boxes * 3).map(|i| rng.below(size[i % 3] as u64 + 10) as i32 - 5).collect();
             let elements = region[..rank].iter().product::<u32>() as usize;
-            let (cb, out) = (gpu.upload(&corners).unwrap(), gpu.alloc(DType::U32, boxes * elements / 2).unwrap());
+            let (cb, out) = (gpu.copied(&corners).unwrap(), gpu.alloc(DType::U32, boxes * elements / 2).unwrap());
             let bytes = elements * 2;
             let args = [
                 Arg::TensorMap(&map),
-                Arg::Memory(&cb),
-                Arg::Memory(&out),
+                Arg::Buffer(&cb),
+                Arg::Buffer(&out),
                 Arg::I32(boxes as i32),
                 Arg::I32(bytes as i32),
                 Arg::I32(rank as i32),
             ];
             let shape = Launch::linear(1, 96).shared(2 * bytes.next_multiple_of(1024));
             gpu.launch("copy_boxes", shape, &args).unwrap();
-            let out = out.read::<u32>().unwrap();
+            let out = gpu.read::<u32>(&out).unwrap();
             for (b, corner) in corners.chunks(3).enumerate() {
                 for e in 0..elements {
                     let (w, h) = (width as usize, region[1] as usize);
@@ -280,13 +280,13 @@ fn wgmma_equals_the_f64_product_in_every_layout_and_lands_at_its_wait() {
     let (gpu, mut rng) = (fresh(), noise());
     for (n, swizzle) in [8usize, 96, 256].into_iter().flat_map(|n| [0, 32, 64, 128].map(|s| (n, s))) {
         let (a, b) = (rng.bf16s(64 * 64, 1.0), rng.bf16s(n * 64, 1.0));
-        let (ab, bb, d) = (gpu.upload(&a).unwrap(), gpu.upload(&b).unwrap(), gpu.alloc(DType::F32, 64 * n).unwrap());
+        let (ab, bb, d) = (gpu.copied(&a).unwrap(), gpu.copied(&b).unwrap(), gpu.alloc(DType::F32, 64 * n).unwrap());
         let shape = Launch::linear(1, 128).shared((64 + n) * 64 * 2);
         let run = |registers: i32, early: i32| {
             let layout = [swizzle, registers, early].map(Arg::I32);
-            let args = [Arg::Memory(&ab), Arg::Memory(&bb), Arg::Memory(&d), layout[0], layout[1], layout[2]];
+            let args = [Arg::Buffer(&ab), Arg::Buffer(&bb), Arg::Buffer(&d), layout[0], layout[1], layout[2]];
             gpu.launch(&format!("wgmma_{n}"), shape, &args).unwrap();
-            d.read::<f32>().unwrap()
+            gpu.read::<f32>(&d).unwrap()
         };
         let shared = run(0, 0);
         for (i, &got) in shared.iter().enumerate() {
@@ -329,22 +329,22 @@ fn caught(kernel: &str, shape: Launch, args: &[Arg<'_>], wanted: &[&str], places
         }
         // Still usable: a clean launch follows.
         let out = Emulator::new(1).unwrap().alloc(DType::F32, 32).unwrap();
-        Emulator::new(1).unwrap().launch("no_race_of_halves", Launch::linear(1, 32), &[Arg::Memory(&out)]).unwrap();
+        Emulator::new(1).unwrap().launch("no_race_of_halves", Launch::linear(1, 32), &[Arg::Buffer(&out)]).unwrap();
     }
 }
 
-fn floats(n: usize) -> Memory {
-    Emulator::new(0).unwrap().upload(&vec![0f32; n]).unwrap()
+fn floats(n: usize) -> Buffer {
+    Emulator::new(0).unwrap().copied(&vec![0f32; n]).unwrap()
 }
 
-fn ints(n: usize) -> Memory {
-    Emulator::new(0).unwrap().upload(&vec![0i32; n]).unwrap()
+fn ints(n: usize) -> Buffer {
+    Emulator::new(0).unwrap().copied(&vec![0i32; n]).unwrap()
 }
 
 #[test]
 fn deadlocks_name_who_waits_where() {
     let out = floats(96);
-    let args = [Arg::Memory(&out)];
+    let args = [Arg::Buffer(&out)];
     let both = ["deadlock", "32 in all, at barrier 1 for 64 threads", "64 in all, at __syncthreads"];
     caught("deadlock", Launch::linear(2, 96), &args, &both, &["deadlock-named", "deadlock-all"]);
     let both =
@@ -355,7 +355,7 @@ fn deadlocks_name_who_waits_where() {
 #[test]
 fn lanes_that_part_are_named() {
     let out = floats(96);
-    let args = [Arg::Memory(&out)];
+    let args = [Arg::Buffer(&out)];
     let both = ["divergent warp", "__shfl_xor_sync", "__ballot_sync"];
     caught("divergent", Launch::linear(1, 32), &args, &both, &["divergent-shuffle", "divergent-ballot"]);
     caught("not_in_mask", Launch::linear(1, 32), &args, &["lacks its own lane"], &["not-in-mask"]);
@@ -367,8 +367,8 @@ fn lanes_that_part_are_named() {
 #[test]
 fn shared_memory_that_nobody_wrote_is_nan() {
     let (gpu, out) = (fresh(), floats(32));
-    gpu.launch("uninitialised", Launch::linear(1, 32), &[Arg::Memory(&out)]).unwrap();
-    let out = out.read::<f32>().unwrap();
+    gpu.launch("uninitialised", Launch::linear(1, 32), &[Arg::Buffer(&out)]).unwrap();
+    let out = gpu.read::<f32>(&out).unwrap();
     assert!(out[31].is_nan() && out[..31].iter().all(|&v| v == 1.0));
 }
 
@@ -376,21 +376,22 @@ fn shared_memory_that_nobody_wrote_is_nan() {
 fn races_on_shared_memory_are_caught_and_nothing_else_is() {
     let out = ints(128);
     let race = ["race on shared memory", "thread (", "no barrier is between"];
-    let without = [Arg::Memory(&out), Arg::I32(0)];
+    let without = [Arg::Buffer(&out), Arg::I32(0)];
     caught("race", Launch::linear(1, 128), &without, &race, &["race-write", "race-read"]);
-    fresh().launch("race", Launch::linear(1, 128), &[Arg::Memory(&out), Arg::I32(1)]).unwrap();
-    assert_eq!(out.read::<i32>().unwrap(), (0..128).rev().collect::<Vec<_>>());
-    let args = [Arg::Memory(&out)];
+    let gpu = fresh();
+    gpu.launch("race", Launch::linear(1, 128), &[Arg::Buffer(&out), Arg::I32(1)]).unwrap();
+    assert_eq!(gpu.read::<i32>(&out).unwrap(), (0..128).rev().collect::<Vec<_>>());
+    let args = [Arg::Buffer(&out)];
     caught("race_of_rounds", Launch::linear(1, 64), &args, &race, &["rounds-write", "rounds-read"]);
     caught("race_in_warp", Launch::linear(1, 32), &args, &race, &["warp-write", "warp-read"]);
     let out = floats(32);
-    fresh().launch("no_race_of_halves", Launch::linear(1, 32), &[Arg::Memory(&out)]).unwrap();
+    fresh().launch("no_race_of_halves", Launch::linear(1, 32), &[Arg::Buffer(&out)]).unwrap();
 }
 
 #[test]
 fn copies_that_nobody_waited_for_are_caught() {
     let (x, out) = (floats(64), floats(64));
-    let args = [Arg::Memory(&x), Arg::Memory(&out)];
+    let args = [Arg::Buffer(&x), Arg::Buffer(&out)];
     let early = ["asynchronous copy not waited for", "has not landed"];
     caught("no_wait", Launch::linear(1, 32), &args, &early, &["no-wait-copy", "no-wait-read"]);
     // Whether the copy has landed or not when the other thread reads is chance; that it must not read is not.
@@ -400,11 +401,11 @@ fn copies_that_nobody_waited_for_are_caught() {
 #[test]
 fn tensor_copies_that_are_not_waited_for_or_never_complete_are_caught() {
     let gpu = fresh();
-    let x = gpu.upload(&vec![bf16::ONE; 64 * 8]).unwrap();
+    let x = gpu.copied(&vec![bf16::ONE; 64 * 8]).unwrap();
     let out = gpu.alloc(DType::U32, 32).unwrap();
     let map = TensorMap::new(&x, &[64, 8], &[64, 8], 128).unwrap();
     let run = |map: &TensorMap, expected: i32, wait: i32, wanted: &[&str]| {
-        let args = [Arg::TensorMap(map), Arg::Memory(&out), Arg::I32(1024), Arg::I32(expected), Arg::I32(wait)];
+        let args = [Arg::TensorMap(map), Arg::Buffer(&out), Arg::I32(1024), Arg::I32(expected), Arg::I32(wait)];
         match gpu.launch("box_mistakes", Launch::linear(1, 32).shared(1024), &args) {
             Ok(()) => assert!(wanted.is_empty(), "it went through"),
             Err(e) => wanted.iter().for_each(|w| assert!(e.to_string().contains(w), "{w:?} is missing from:\n{e}")),
@@ -420,7 +421,7 @@ fn tensor_copies_that_are_not_waited_for_or_never_complete_are_caught() {
 #[test]
 fn accesses_out_of_bounds_are_caught_before_they_happen() {
     let (x, out) = (floats(32), floats(32));
-    let (to, both) = ([Arg::Memory(&out)], [Arg::Memory(&x), Arg::Memory(&out)]);
+    let (to, both) = ([Arg::Buffer(&out)], [Arg::Buffer(&x), Arg::Buffer(&out)]);
     let one = Launch::linear(1, 32);
     let shared = "out of bounds of shared memory: thread (31,0,0) writes 4 bytes";
     let global = "out of bounds of global memory";
@@ -438,10 +439,10 @@ fn what_depends_on_the_order_of_warps_depends_on_the_seed_alone() {
     let mut rng = noise();
     let run = |seed: u64| {
         let gpu = Emulator::new(seed).unwrap();
-        let (counter, order) = (gpu.upload(&[0u32]).unwrap(), gpu.alloc(DType::U32, 16).unwrap());
-        let args = [Arg::Memory(&counter), Arg::Memory(&order)];
+        let (counter, order) = (gpu.copied(&[0u32]).unwrap(), gpu.alloc(DType::U32, 16).unwrap());
+        let args = [Arg::Buffer(&counter), Arg::Buffer(&order)];
         gpu.launch("order_dependent", Launch::linear(1, 512), &args).unwrap();
-        order.read::<u32>().unwrap()
+        gpu.read::<u32>(&order).unwrap()
     };
     let orders: Vec<Vec<u32>> = (0..8)
         .map(|_| rng.next())
@@ -463,179 +464,12 @@ fn launches_that_do_not_fit_their_kernel_are_refused() {
     };
     let one = Launch::linear(1, 32);
     refused("no_such_kernel", one, &[], "no kernel is named no_such_kernel");
-    refused("race", one, &[Arg::Memory(&out)], "kernel race takes (i32*, i32), not (f32*)");
-    refused("past_static", Launch::linear(1, 64), &[Arg::Memory(&out)], "it is written for 32");
+    refused("race", one, &[Arg::Buffer(&out)], "kernel race takes (i32*, i32), not (f32*)");
+    refused("past_static", Launch::linear(1, 64), &[Arg::Buffer(&out)], "it is written for 32");
     refused("indices", Launch::linear(1, 2000), &[Arg::Null(DType::U32)], "it must have 1 to 1024");
     refused("indices", Launch::linear(0, 32), &[Arg::Null(DType::U32)], "at least one");
-    refused("past_dynamic", one.shared(1 << 20), &[Arg::Memory(&out)], "a block has at most 232448");
+    refused("past_dynamic", one.shared(1 << 20), &[Arg::Buffer(&out)], "a block has at most 232448");
     refused("indices", one, &[Arg::Null(DType::U32)], "out of bounds of global memory");
-}
-
-// ---- kernels ----
-
-/// That the kernel's result is as good as bf16 allows: its largest error is at most twice that of a straightforward
-/// computation in bf16, beside one rounding of the value itself.
-#[track_caller]
-fn as_good_as_bf16(what: &str, got: &[f64], straightforward: &[f64], want: &[f64]) {
-    assert!(got.len() == want.len() && straightforward.len() == want.len());
-    let allowed = 2.0 * straightforward.iter().zip(want).map(|(s, w)| (s - w).abs()).fold(0.0, f64::max);
-    for (i, (g, w)) in got.iter().zip(want).enumerate() {
-        assert!((g - w).abs() <= allowed + w.abs() / 256.0, "{what}, element {i}: {g}, not {w} (+- {allowed})");
-    }
-}
-
-fn wide(values: &[bf16]) -> Vec<f64> {
-    values.iter().map(|v| v.to_f64()).collect()
-}
-
-/// The nearest bf16: what a computation in bf16 does after every step.
-fn round(x: f64) -> f64 {
-    bf16::from_f64(x).to_f64()
-}
-
-const EPS: f32 = 1e-6;
-/// One row, one column, widths that are no multiple of 8, more than one step of a block, more rows than blocks.
-const SHAPES: [(usize, usize); 6] = [(1, 1), (1, 2048), (3, 17), (5, 1280), (33, 200), (4, 1031)];
-
-#[test]
-fn rms_norm_forward_with_and_without_a_residual() {
-    let (gpu, mut rng) = (fresh(), noise());
-    for (rows, cols) in SHAPES {
-        let (x, r, w) = (rng.bf16s(rows * cols, 3.0), rng.bf16s(rows * cols, 1.0), rng.bf16s(cols, 2.0));
-        let [xb, rb, wb] = [&x, &r, &w].map(|v| gpu.upload(v).unwrap());
-        let [h, y] = [(); 2].map(|()| gpu.alloc(DType::BF16, rows * cols).unwrap());
-        for residual in [false, true] {
-            let none = Arg::Null(DType::BF16);
-            let (r_arg, h_arg) = if residual { (Arg::Memory(&rb), Arg::Memory(&h)) } else { (none, none) };
-            let shape = Launch::linear(rows, 128);
-            let [xa, wa, ya] = [&xb, &wb, &y].map(Arg::Memory);
-            let args = [xa, r_arg, wa, h_arg, ya, Arg::I32(cols as i32), Arg::F32(EPS)];
-            gpu.launch("rms_norm_forward", shape, &args).unwrap();
-            let sum: Vec<f64> = (0..rows * cols)
-                .map(|i| if residual { round(x[i].to_f64() + r[i].to_f64()) } else { x[i].to_f64() })
-                .collect();
-            if residual {
-                assert_eq!(wide(&h.read::<bf16>().unwrap()), sum, "the sum, rounded once");
-            }
-            let (mut want, mut straightforward) = (vec![], vec![]);
-            for row in sum.chunks(cols) {
-                let k = 1.0 / (row.iter().map(|v| v * v).sum::<f64>() / cols as f64 + f64::from(EPS)).sqrt();
-                want.extend(row.iter().zip(&w).map(|(v, w)| v * k * w.to_f64()));
-                straightforward.extend(row.iter().zip(&w).map(|(v, w)| round(round(v * round(k)) * w.to_f64())));
-            }
-            let what = format!("[{rows}, {cols}], residual {residual}");
-            as_good_as_bf16(&what, &wide(&y.read::<bf16>().unwrap()), &straightforward, &want);
-        }
-    }
-}
-
-#[test]
-fn rms_norm_backward_and_the_weights_gradient() {
-    let (gpu, mut rng) = (fresh(), noise());
-    for (rows, cols) in SHAPES {
-        let blocks = rows.min(4);
-        let [h, dy, dr] = [3.0, 1.0, 1.0].map(|scale| rng.bf16s(rows * cols, scale));
-        let w = rng.bf16s(cols, 2.0);
-        let before: Vec<f32> = rng.bf16s(cols, 1.0).iter().map(|v| v.to_f32()).collect();
-        let (mut want, mut plain) = (wide(&dr), wide(&dr));
-        let mut want_dw: Vec<f64> = before.iter().map(|&v| f64::from(v)).collect();
-        let mut plain_dw = want_dw.clone();
-        for r in 0..rows {
-            let at = |v: &[bf16], c: usize| v[r * cols + c].to_f64();
-            let squares = (0..cols).map(|c| at(&h, c).powi(2)).sum::<f64>() / cols as f64;
-            let k = 1.0 / (squares + f64::from(EPS)).sqrt();
-            let dot = (0..cols).map(|c| at(&dy, c) * w[c].to_f64() * at(&h, c)).sum::<f64>() / cols as f64;
-            for c in 0..cols {
-                let (v, g) = (at(&h, c), at(&dy, c) * w[c].to_f64());
-                want[r * cols + c] += k * (g - v * k * k * dot);
-                want_dw[c] += at(&dy, c) * v * k;
-                // Every step rounded.
-                let (k, normal) = (round(k), round(v * round(k)));
-                let grad = round(k * round(round(g) - round(normal * round(round(dot) * k))));
-                plain[r * cols + c] = round(plain[r * cols + c] + grad);
-                plain_dw[c] = round(plain_dw[c] + round(at(&dy, c) * normal));
-            }
-        }
-        let [hb, wb, dyb, drb] = [&h, &w, &dy, &dr].map(|v| gpu.upload(v).unwrap());
-        let (dw, partial) = (gpu.upload(&before).unwrap(), gpu.alloc(DType::F32, blocks * cols).unwrap());
-        let shape = Launch::linear(blocks, 128).shared(cols * 4);
-        let [rows_arg, cols_arg, eps] = [Arg::I32(rows as i32), Arg::I32(cols as i32), Arg::F32(EPS)];
-        let [ha, wa, dya, dra] = [&hb, &wb, &dyb, &drb].map(Arg::Memory);
-        // In place: the gradient joins the residual stream's.
-        let args = [ha, wa, dya, dra, dra, Arg::Memory(&partial), rows_arg, cols_arg, eps];
-        gpu.launch("rms_norm_backward", shape, &args).unwrap();
-        let args = [Arg::Memory(&partial), Arg::Memory(&dw), Arg::I32(blocks as i32), cols_arg];
-        gpu.launch("rms_norm_weight_gradient", Launch::linear(cols.div_ceil(128), 128), &args).unwrap();
-        let what = format!("[{rows}, {cols}]");
-        let got = drb.read::<bf16>().unwrap();
-        as_good_as_bf16(&what, &wide(&got), &plain, &want);
-        let got_dw: Vec<f64> = dw.read::<f32>().unwrap().into_iter().map(f64::from).collect();
-        as_good_as_bf16(&format!("dw of {what}"), &got_dw, &plain_dw, &want_dw);
-        // A frozen weight, out of place, more blocks than rows: the same bits.
-        let (drb, dh) = (gpu.upload(&dr).unwrap(), gpu.alloc(DType::BF16, rows * cols).unwrap());
-        let dra = Arg::Memory(&drb);
-        let args = [ha, wa, dya, dra, Arg::Memory(&dh), Arg::Null(DType::F32), rows_arg, cols_arg, eps];
-        gpu.launch("rms_norm_backward", Launch::linear(rows + 3, 128).shared(cols * 4), &args).unwrap();
-        assert_eq!(dh.read::<bf16>().unwrap(), got);
-    }
-}
-
-#[test]
-fn swiglu_forward_and_backward_also_in_place() {
-    let (gpu, mut rng) = (fresh(), noise());
-    for (rows, width) in [(1, 1), (1, 2048), (3, 19), (5, 1000), (7, 129)] {
-        let mut x = rng.bf16s(rows * 2 * width, 6.0);
-        x[0] = bf16::from_f32(-120.0); // far in the tail: the exponential overflows
-        let dh = rng.bf16s(rows * width, 1.0);
-        let (mut want, mut plain) = (vec![], vec![]);
-        let (mut want_dx, mut plain_dx) = (vec![0.0; rows * 2 * width], vec![0.0; rows * 2 * width]);
-        for (i, d) in dh.iter().enumerate() {
-            let (gate, up) = (i / width * 2 * width + i % width, i / width * 2 * width + width + i % width);
-            let (g, u, d) = (x[gate].to_f64(), x[up].to_f64(), d.to_f64());
-            let s = 1.0 / (1.0 + (-g).exp());
-            want.push(g * s * u);
-            plain.push(round(round(g * round(s)) * u));
-            want_dx[gate] = d * u * s * (1.0 + g * (1.0 - s));
-            want_dx[up] = d * g * s;
-            let s = round(s);
-            let slope = round(s * round(1.0 + round(g * round(1.0 - s))));
-            plain_dx[gate] = round(round(d * u) * slope);
-            plain_dx[up] = round(d * round(g * s));
-        }
-        let (xb, dhb) = (gpu.upload(&x).unwrap(), gpu.upload(&dh).unwrap());
-        let h = gpu.alloc(DType::BF16, rows * width).unwrap();
-        let dx = gpu.alloc(DType::BF16, rows * 2 * width).unwrap();
-        let shape = Launch::linear((width.div_ceil(8) * rows).div_ceil(256), 256);
-        let size = [Arg::I32(rows as i32), Arg::I32(width as i32)];
-        gpu.launch("swiglu_forward", shape, &[Arg::Memory(&xb), Arg::Memory(&h), size[0], size[1]]).unwrap();
-        let what = format!("[{rows}, {width}]");
-        as_good_as_bf16(&what, &wide(&h.read::<bf16>().unwrap()), &plain, &want);
-        let [xa, dha, dxa] = [&xb, &dhb, &dx].map(Arg::Memory);
-        gpu.launch("swiglu_backward", shape, &[xa, dha, dxa, size[0], size[1]]).unwrap();
-        let got = dx.read::<bf16>().unwrap();
-        as_good_as_bf16(&format!("dx of {what}"), &wide(&got), &plain_dx, &want_dx);
-        gpu.launch("swiglu_backward", shape, &[xa, dha, xa, size[0], size[1]]).unwrap();
-        assert_eq!(xb.read::<bf16>().unwrap(), got, "in place");
-    }
-}
-
-#[test]
-fn rows_do_not_depend_on_their_company_and_rates_are_printed() {
-    let (gpu, mut rng) = (fresh(), noise());
-    let (rows, cols) = (512usize, 256usize);
-    let (x, w) = (rng.bf16s(rows * cols, 1.0), rng.bf16s(cols, 1.0));
-    let wb = gpu.upload(&w).unwrap();
-    let run = |x: &[bf16]| {
-        let (xb, y) = (gpu.upload(x).unwrap(), gpu.alloc(DType::BF16, x.len()).unwrap());
-        let none = Arg::Null(DType::BF16);
-        let args = [Arg::Memory(&xb), none, Arg::Memory(&wb), none, Arg::Memory(&y), Arg::I32(256), Arg::F32(EPS)];
-        let start = std::time::Instant::now();
-        gpu.launch("rms_norm_forward", Launch::linear(x.len() / cols, 128), &args).unwrap();
-        (y.read::<bf16>().unwrap(), (x.len() / cols) as f64 / start.elapsed().as_secs_f64())
-    };
-    let (all, rate) = run(&x);
-    println!("rms_norm_forward: {rate:.0} blocks of 128 threads a second");
-    assert_eq!(run(&x[300 * cols..301 * cols]).0, all[300 * cols..301 * cols]);
 }
 
 // ---- AddressSanitizer ----

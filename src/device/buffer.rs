@@ -1,3 +1,4 @@
+use super::emulated;
 use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 use std::sync::{
@@ -40,10 +41,21 @@ macro_rules! element {
 }
 element!(f32 => F32, half::bf16 => BF16, half::f16 => F16, u8 => U8, u32 => U32, i32 => I32, u64 => U64);
 
-/// One allocation: 64-byte aligned, zeroed by the allocator.
+/// Whose memory it is.
+enum Place {
+    /// The host's: 64-byte aligned, zeroed by the allocator.
+    Host(Layout),
+    /// The emulated GPU's.
+    Emulated,
+    /// Nobody's: what a GPU without room for it gives. It has failed then, and nothing touches its buffers any more.
+    Nowhere,
+}
+
+/// One allocation.
 struct Storage {
     ptr: NonNull<u8>,
-    layout: Layout,
+    bytes: usize,
+    place: Place,
     gauge: Arc<AtomicUsize>,
 }
 // SAFETY: plain memory; access is ordered by the stream that runs the launches which touch it.
@@ -53,9 +65,13 @@ unsafe impl Sync for Storage {}
 
 impl Drop for Storage {
     fn drop(&mut self) {
-        self.gauge.fetch_sub(self.layout.size(), Ordering::Relaxed);
-        // SAFETY: allocated with this layout in `Buffer::new`.
-        unsafe { dealloc(self.ptr.as_ptr(), self.layout) }
+        self.gauge.fetch_sub(self.bytes, Ordering::Relaxed);
+        match self.place {
+            // SAFETY: allocated with this layout in `Buffer::new`.
+            Place::Host(layout) => unsafe { dealloc(self.ptr.as_ptr(), layout) },
+            Place::Emulated => emulated::release(self.ptr),
+            Place::Nowhere => {}
+        }
     }
 }
 
@@ -101,7 +117,30 @@ impl Buffer {
             NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(fail)
         };
         gauge.fetch_add(bytes, Ordering::Relaxed);
-        Buffer { storage: Arc::new(Storage { ptr, layout, gauge }), offset: 0, len, dtype }
+        let storage = Storage { ptr, bytes, place: Place::Host(layout), gauge };
+        Buffer { storage: Arc::new(storage), offset: 0, len, dtype }
+    }
+
+    /// `len` elements of the emulated GPU's memory, 256-byte aligned, every byte 0xFF; `None` when there is not so much.
+    pub(super) fn emulated(dtype: DType, len: usize, gauge: Arc<AtomicUsize>) -> Option<Buffer> {
+        let bytes = len.checked_mul(dtype.size())?;
+        let storage = Storage { ptr: emulated::allocate(bytes)?, bytes, place: Place::Emulated, gauge };
+        storage.gauge.fetch_add(bytes, Ordering::Relaxed);
+        Some(Buffer { storage: Arc::new(storage), offset: 0, len, dtype })
+    }
+
+    /// A buffer without memory.
+    pub(super) fn nowhere(dtype: DType, len: usize, gauge: Arc<AtomicUsize>) -> Buffer {
+        let storage = Storage { ptr: NonNull::dangling(), bytes: 0, place: Place::Nowhere, gauge };
+        Buffer { storage: Arc::new(storage), offset: 0, len, dtype }
+    }
+
+    /// `len` elements of another type, from byte `start` of a buffer of bytes on: parts of a workspace. Panics if they are
+    /// not all there, or not aligned.
+    pub(super) fn part(&self, start: usize, dtype: DType, len: usize) -> Buffer {
+        let (first, size) = (self.offset + start, dtype.size());
+        assert!(self.dtype == DType::U8 && first.is_multiple_of(size) && start + len * size <= self.len);
+        Buffer { storage: self.storage.clone(), offset: first / size, len, dtype }
     }
 
     /// Number of elements.
@@ -127,9 +166,19 @@ impl Buffer {
 
     /// Whether both handles share an element; ranges of one allocation that lie beside each other do not.
     pub fn overlaps(&self, other: &Buffer) -> bool {
-        // Views keep the type, so both count in the same elements.
-        let (start, end) = (self.offset.max(other.offset), (self.offset + self.len).min(other.offset + other.len));
-        Arc::ptr_eq(&self.storage, &other.storage) && start < end
+        let ends = |b: &Buffer| (b.offset * b.dtype.size(), (b.offset + b.len) * b.dtype.size());
+        let ((start, end), (other_start, other_end)) = (ends(self), ends(other));
+        Arc::ptr_eq(&self.storage, &other.storage) && start.max(other_start) < end.min(other_end)
+    }
+
+    /// The device's address of the first element.
+    pub(super) fn address(&self) -> *mut u8 {
+        self.storage.ptr.as_ptr().wrapping_add(self.offset * self.dtype.size())
+    }
+
+    /// Asserts that the host may look at the memory.
+    fn on_host(&self) {
+        assert!(matches!(self.storage.place, Place::Host(_)), "the host touches a GPU's memory");
     }
 
     /// The elements, for use inside a launch.
@@ -139,10 +188,9 @@ impl Buffer {
     /// nothing is in flight.
     pub unsafe fn get<T: Element>(&self) -> &[T] {
         assert_eq!(T::DTYPE, self.dtype, "a buffer read as another type");
+        self.on_host();
         // SAFETY: in bounds by construction, aligned by ALIGN, any bit pattern is a T (Pod), no writer by contract.
-        unsafe {
-            std::slice::from_raw_parts(self.storage.ptr.as_ptr().add(self.offset * self.dtype.size()).cast(), self.len)
-        }
+        unsafe { std::slice::from_raw_parts(self.address().cast(), self.len) }
     }
 
     /// The elements for writing, for use inside a launch.
@@ -152,26 +200,19 @@ impl Buffer {
     #[allow(clippy::mut_from_ref)] // clones share the memory, so what is exclusive is the launch, not the handle
     pub unsafe fn get_mut<T: Element>(&self) -> &mut [T] {
         assert_eq!(T::DTYPE, self.dtype, "a buffer written as another type");
+        self.on_host();
         // SAFETY: as in `get`, exclusive by contract.
-        unsafe {
-            std::slice::from_raw_parts_mut(
-                self.storage.ptr.as_ptr().add(self.offset * self.dtype.size()).cast(),
-                self.len,
-            )
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.address().cast(), self.len) }
     }
 
+    /// The bytes, of the host's memory or of an emulated GPU's.
+    ///
     /// # Safety
     /// As [`Buffer::get_mut`].
     #[allow(clippy::mut_from_ref)] // as `get_mut`
     pub(super) unsafe fn bytes_mut(&self) -> &mut [u8] {
-        // SAFETY: as in `get_mut`.
-        unsafe {
-            std::slice::from_raw_parts_mut(
-                self.storage.ptr.as_ptr().add(self.offset * self.dtype.size()),
-                self.len * self.dtype.size(),
-            )
-        }
+        // SAFETY: as in `get_mut`; both kinds of memory are the process's own.
+        unsafe { std::slice::from_raw_parts_mut(self.address(), self.len * self.dtype.size()) }
     }
 }
 

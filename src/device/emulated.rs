@@ -4,103 +4,18 @@
 //! were not waited for, accesses out of bounds. Each becomes an [`Error`] that names kernel, block, threads and places.
 //! Shared and fresh device memory is NaN; warps run in an order that comes from a seed.
 
-use super::{DType, Element};
+use super::gpu::{Arg, Launch, TensorMap};
+use super::{Buffer, DType, Element, matmul};
 use crate::{Error, Result};
+use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// A GPU that is not there. Launches are synchronous.
 #[derive(Clone, Copy, Debug)]
 pub struct Emulator {
     seed: u64,
     workers: u32,
-}
-
-/// Memory of the emulated GPU, NaN when fresh.
-#[derive(Debug)]
-pub struct Memory {
-    ptr: *mut u8,
-    dtype: DType,
-    len: usize,
-}
-
-/// The shape of a launch.
-#[derive(Clone, Copy, Debug)]
-pub struct Launch {
-    /// Blocks in x, y and z.
-    pub grid: [u32; 3],
-    /// Threads of a block in x, y and z.
-    pub block: [u32; 3],
-    /// Dynamic shared memory of a block.
-    pub shared_bytes: usize,
-}
-
-impl Launch {
-    /// `blocks` blocks of `threads` threads, all in x.
-    pub fn linear(blocks: usize, threads: usize) -> Launch {
-        // Too many for the field are too many for a launch, which refuses them.
-        let field = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        Launch { grid: [field(blocks), 1, 1], block: [field(threads), 1, 1], shared_bytes: 0 }
-    }
-
-    /// The same with dynamic shared memory.
-    pub fn shared(self, bytes: usize) -> Launch {
-        Launch { shared_bytes: bytes, ..self }
-    }
-}
-
-/// A tensor of 16-bit elements, rows without gaps, and the box of it that one copy of the tensor memory accelerator moves.
-/// Stands for `CUtensorMap`; `kernels/emulator/tensor_map.h` has the same fields.
-#[repr(C, align(64))]
-#[derive(Clone, Copy, Debug)]
-pub struct TensorMap {
-    base: u64,
-    size: [u64; 3],
-    stride: [u64; 2],
-    region: [u32; 3],
-    rank: u32,
-    swizzle: u32,
-    reserved: [u32; 15],
-}
-
-impl TensorMap {
-    /// `size` and `region` (the box) in elements, the innermost dimension first, two or three of them; `swizzle` in bytes.
-    ///
-    /// # Errors
-    /// [`Error::Internal`] when the memory is no such tensor. What the hardware refuses besides is an error of the launch.
-    pub fn new(memory: &Memory, size: &[usize], region: &[u32], swizzle: u32) -> Result<TensorMap> {
-        let n = size.iter().try_fold(1usize, |n, &s| n.checked_mul(s));
-        let fits = memory.dtype.size() == 2 && n.is_some_and(|n| n <= memory.len);
-        if !fits || !(2..=3).contains(&size.len()) || region.len() != size.len() {
-            return Err(Error::internal(format!("boxes of {region:?} in a tensor of {size:?} in {memory:?}")));
-        }
-        let at = |i: usize| size.get(i).map_or(1, |&s| s as u64);
-        let side = |i: usize| region.get(i).copied().unwrap_or(1);
-        Ok(TensorMap {
-            base: memory.ptr as u64,
-            size: [at(0), at(1), at(2)],
-            stride: [at(0) * 2, at(0) * at(1) * 2],
-            region: [side(0), side(1), side(2)],
-            rank: size.len() as u32,
-            swizzle,
-            reserved: [0; 15],
-        })
-    }
-}
-
-/// An argument of a kernel. Its type must be the parameter's.
-#[derive(Clone, Copy, Debug)]
-pub enum Arg<'a> {
-    /// A pointer to the memory's first element.
-    Memory(&'a Memory),
-    /// A null pointer to elements of a type.
-    Null(DType),
-    /// An `int`.
-    I32(i32),
-    /// An `unsigned`.
-    U32(u32),
-    /// A `float`.
-    F32(f32),
-    /// A tensor map, by value.
-    TensorMap(&'a TensorMap),
+    sm: u32,
 }
 
 impl Emulator {
@@ -117,7 +32,7 @@ impl Emulator {
         }
         // Each worker has stacks for a thousand threads and a map of who touched which byte: a few are enough.
         let workers = std::thread::available_parallelism().map_or(1, |n| n.get()).min(8);
-        Ok(Emulator { seed, workers: workers as u32 })
+        Ok(Emulator { seed, workers: workers as u32, sm: 90 })
     }
 
     /// The same with another seed.
@@ -125,22 +40,110 @@ impl Emulator {
         Emulator { seed, ..self }
     }
 
+    /// The same of another architecture, 80 or 90.
+    pub fn with_sm(self, sm: u32) -> Emulator {
+        Emulator { sm, ..self }
+    }
+
+    /// What decides the order of warps.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The architecture.
+    pub fn sm(&self) -> u32 {
+        self.sm
+    }
+
+    /// One to seven, as the seed has it: nothing may depend on how many there are.
+    pub fn multiprocessors(&self) -> usize {
+        1 + (self.seed % 7) as usize
+    }
+
     /// Memory for `len` elements, every byte 0xFF.
-    pub fn alloc(&self, dtype: DType, len: usize) -> Result<Memory> {
-        let bytes = len.checked_mul(dtype.size());
-        let ptr = bytes.map_or(std::ptr::null_mut(), ffi::allocate);
-        if ptr.is_null() {
-            return Err(Error::limit(format!("no memory for {len} elements of {dtype:?}"), "use a smaller shape"));
-        }
-        Ok(Memory { ptr, dtype, len })
+    ///
+    /// # Errors
+    /// [`Error::Limit`] where there is not so much.
+    pub fn alloc(&self, dtype: DType, len: usize) -> Result<Buffer> {
+        Buffer::emulated(dtype, len, Arc::default())
+            .ok_or_else(|| Error::limit(format!("no memory for {len} elements of {dtype:?}"), "use a smaller shape"))
     }
 
     /// New memory with a copy of `data`.
-    pub fn upload<T: Element>(&self, data: &[T]) -> Result<Memory> {
+    ///
+    /// # Errors
+    /// As [`alloc`](Self::alloc).
+    pub fn copied<T: Element>(&self, data: &[T]) -> Result<Buffer> {
         let memory = self.alloc(T::DTYPE, data.len())?;
-        // SAFETY: both ranges have so many elements, and nobody else has the new one.
-        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr().cast(), memory.ptr, size_of_val(data)) };
+        self.upload(bytemuck::cast_slice(data), &memory);
         Ok(memory)
+    }
+
+    /// A copy of the elements.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when they are of another type.
+    pub fn read<T: Element>(&self, memory: &Buffer) -> Result<Vec<T>> {
+        if T::DTYPE != memory.dtype() {
+            return Err(Error::internal(format!("memory of {:?} read as {:?}", memory.dtype(), T::DTYPE)));
+        }
+        let mut out = vec![T::zeroed(); memory.len()];
+        self.download(memory, bytemuck::cast_slice_mut(&mut out));
+        Ok(out)
+    }
+
+    pub(super) fn upload(&self, from: &[u8], to: &Buffer) {
+        // SAFETY: launches are synchronous, and whoever shares a stream takes turns.
+        unsafe { to.bytes_mut()[..from.len()].copy_from_slice(from) }
+    }
+
+    pub(super) fn download(&self, from: &Buffer, to: &mut [u8]) {
+        // SAFETY: as in `upload`.
+        unsafe { to.copy_from_slice(from.bytes_mut()) }
+    }
+
+    pub(super) fn copy(&self, from: &Buffer, to: &Buffer) {
+        // SAFETY: as in `upload`; the two are apart.
+        unsafe { to.bytes_mut().copy_from_slice(from.bytes_mut()) }
+    }
+
+    pub(super) fn fill(&self, to: &Buffer, byte: u8) {
+        // SAFETY: as in `upload`.
+        unsafe { to.bytes_mut().fill(byte) }
+    }
+
+    /// The counterpart of cuBLASLt: see [`Gpu::matmul`](super::Gpu::matmul).
+    pub(super) fn matmul(
+        &self,
+        a: &Buffer,
+        transposed: bool,
+        b: &Buffer,
+        c: &Buffer,
+        [m, n, k]: [usize; 3],
+        accumulate: bool,
+    ) -> Result<()> {
+        let fits = a.len() >= m * k && b.len() >= k * n && c.len() >= m * n;
+        if !fits || a.dtype() != DType::BF16 || b.dtype() != DType::BF16 {
+            return Err(Error::internal(format!("a product [{m}, {n}, {k}] of {a:?} and {b:?} in {c:?}")));
+        }
+        // SAFETY: as in `upload`.
+        let (a, b, to) = unsafe { (a.bytes_mut(), b.bytes_mut(), c.bytes_mut()) };
+        let (a, b) = (bytemuck::cast_slice(a), bytemuck::cast_slice(b));
+        match c.dtype() {
+            DType::F32 => {
+                matmul::multiply(a, transposed, b, bytemuck::cast_slice_mut::<u8, f32>(to), [m, n, k], accumulate)
+            }
+            DType::BF16 => matmul::multiply(
+                a,
+                transposed,
+                b,
+                bytemuck::cast_slice_mut::<u8, half::bf16>(to),
+                [m, n, k],
+                accumulate,
+            ),
+            other => return Err(Error::internal(format!("a product into {other:?}"))),
+        }
+        Ok(())
     }
 
     /// Runs the kernel of that name to its end.
@@ -160,42 +163,25 @@ impl Emulator {
     }
 }
 
-impl Memory {
-    /// Number of elements.
-    #[allow(clippy::len_without_is_empty)] // nobody asks whether memory is empty
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// A copy of the elements, of which every bit pattern is one.
-    ///
-    /// # Errors
-    /// [`Error::Internal`] when they are of another type.
-    pub fn read<T: Element>(&self) -> Result<Vec<T>> {
-        if T::DTYPE != self.dtype {
-            return Err(Error::internal(format!("memory of {:?} read as {:?}", self.dtype, T::DTYPE)));
-        }
-        let mut out = vec![T::zeroed(); self.len];
-        // SAFETY: so many elements on both sides; launches are synchronous and `Memory` stays on its thread.
-        unsafe { std::ptr::copy_nonoverlapping(self.ptr, out.as_mut_ptr().cast::<u8>(), size_of_val(&out[..])) };
-        Ok(out)
-    }
+/// Memory of so many bytes, every one 0xFF, that kernels may touch.
+pub(super) fn allocate(bytes: usize) -> Option<NonNull<u8>> {
+    NonNull::new(ffi::allocate(bytes))
 }
 
-impl Drop for Memory {
-    fn drop(&mut self) {
-        ffi::release(self.ptr);
-    }
+/// Gives back what [`allocate`] gave.
+pub(super) fn release(memory: NonNull<u8>) {
+    ffi::release(memory.as_ptr());
 }
 
 impl Arg<'_> {
     /// The bytes of an argument of at most eight, from the lowest on.
     fn scalar(&self) -> u64 {
         match *self {
-            Arg::Memory(m) => m.ptr as u64,
+            Arg::Buffer(b) => b.address() as u64,
             Arg::Null(_) | Arg::TensorMap(_) => 0,
             Arg::I32(v) => u64::from(v as u32),
             Arg::U32(v) => u64::from(v),
+            Arg::U64(v) => v,
             Arg::F32(v) => u64::from(v.to_bits()),
         }
     }
@@ -211,10 +197,11 @@ impl Arg<'_> {
             DType::U64 => c"u64*",
         };
         match *self {
-            Arg::Memory(m) => pointer(m.dtype),
+            Arg::Buffer(b) => pointer(b.dtype()),
             Arg::Null(dtype) => pointer(dtype),
             Arg::I32(_) => c"i32",
             Arg::U32(_) => c"u32",
+            Arg::U64(_) => c"u64",
             Arg::F32(_) => c"f32",
             Arg::TensorMap(_) => c"tensor_map",
         }
@@ -313,7 +300,7 @@ mod tests {
     #[test]
     fn an_emulator_is_there_or_says_what_is_missing() {
         match Emulator::new(1) {
-            Ok(gpu) => assert_eq!(gpu.upload(&[1.5f32]).unwrap().read::<f32>().unwrap(), [1.5]),
+            Ok(gpu) => assert_eq!(gpu.read::<f32>(&gpu.copied(&[1.5f32]).unwrap()).unwrap(), [1.5]),
             Err(e) => assert!(e.to_string().contains("install g++"), "{e}"),
         }
     }

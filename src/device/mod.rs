@@ -3,21 +3,27 @@
 //! A [`Device`] owns memory; a [`Buffer`] is a typed range of it; a [`Stream`] runs work in the order in which it was
 //! submitted. Submitting never promises that work has run: results are read through [`Pending::wait`] or after
 //! [`Event::wait`]. The CPU device runs work at once; [`Device::cpu_deferred`] holds every launch back until somebody
-//! waits, so that nothing above can come to rely on immediate results.
+//! waits, so that nothing above can come to rely on immediate results. [`Device::emulated`] is a GPU that is not there: the
+//! CUDA kernels run on the host, under checks.
 //!
 //! Ops match on [`Stream::backend`] and launch for the backend they find; nothing above `ops` does.
 
 mod buffer;
-mod cpu;
-#[doc(hidden)] // for the emulator's tests: ops do not use it yet
+#[doc(hidden)] // for the emulator's own tests
 pub mod emulated;
+mod gpu;
+mod matmul;
 mod pool;
+mod stream;
 
 pub use buffer::{Buffer, DType, Element};
-pub use cpu::{Event, Pending, Stream};
+pub use gpu::{Arg, Gpu, Launch, TensorMap};
 pub use pool::{Pool, SendPtr};
+pub use stream::{Event, Pending, Stream};
 
 use crate::{Error, Result};
+use emulated::Emulator;
+use gpu::Card;
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},
@@ -33,15 +39,21 @@ pub struct Device {
 }
 
 struct Inner {
-    pool: Arc<Pool>,
-    deferred: bool,
+    kind: Kind,
     allocated: Arc<AtomicUsize>,
+}
+
+enum Kind {
+    Cpu { pool: Arc<Pool>, deferred: bool },
+    Gpu(Arc<Card>),
 }
 
 /// What a [`Stream`] runs on, for the ops' dispatch.
 pub enum Backend<'a> {
     /// The host's cores, in f32.
     Cpu(&'a Stream),
+    /// A GPU: bf16 between kernels, f32 within them.
+    Gpu(&'a Gpu),
 }
 
 impl Device {
@@ -59,36 +71,93 @@ impl Device {
     fn build(threads: usize, deferred: bool) -> Device {
         let threads = threads.min(MAX_THREADS);
         let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, |n| n.get()) } else { threads };
-        Device { inner: Arc::new(Inner { pool: Arc::new(Pool::new(threads)), deferred, allocated: Arc::default() }) }
+        let kind = Kind::Cpu { pool: Arc::new(Pool::new(threads)), deferred };
+        Device { inner: Arc::new(Inner { kind, allocated: Arc::default() }) }
+    }
+
+    /// A GPU with the instructions of sm_90 that is not there: the CUDA kernels, compiled for the host, under the emulator's checks
+    /// (races, deadlocks, bounds, unfinished copies). Warps run in an order that `seed` gives. Slow: for tests.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] where the crate was built without a C++ compiler.
+    pub fn emulated(seed: u64) -> Result<Device> {
+        Self::emulated_as(seed, 90)
+    }
+
+    /// The same with the instructions of `sm`: 80 or 90.
+    ///
+    /// # Errors
+    /// As [`emulated`](Self::emulated); [`Error::Input`] for another architecture.
+    pub fn emulated_as(seed: u64, sm: u32) -> Result<Device> {
+        if ![80, 90].contains(&sm) {
+            return Err(Error::input(format!("there are no kernels for sm_{sm}"), "use 80 or 90"));
+        }
+        let allocated = Arc::<AtomicUsize>::default();
+        let card = Card::new(Emulator::new(seed)?.with_sm(sm), allocated.clone());
+        Ok(Device { inner: Arc::new(Inner { kind: Kind::Gpu(Arc::new(card)), allocated }) })
     }
 
     /// A new in-order queue of work on this device.
     pub fn stream(&self) -> Stream {
-        Stream::new(self.clone(), self.inner.pool.clone(), self.inner.deferred)
+        Stream::new(self.clone())
     }
 
-    /// Uninitialised memory for `len` elements; poisoned with NaN bytes (0xFF) on the deferred device. 64-byte aligned.
-    pub fn alloc(&self, dtype: DType, len: usize) -> Buffer {
-        let b = Buffer::new(dtype, len, self.inner.allocated.clone());
-        if self.inner.deferred {
-            // SAFETY: nobody else has this buffer yet.
-            unsafe { b.bytes_mut().fill(0xFF) }
+    /// The type of what goes from op to op (activations, weights, keys and values): f32 on the host's cores, bf16 on a GPU.
+    pub fn float(&self) -> DType {
+        match self.inner.kind {
+            Kind::Cpu { .. } => DType::F32,
+            Kind::Gpu(_) => DType::BF16,
         }
-        b
+    }
+
+    /// Uninitialised memory for `len` elements; poisoned with NaN bytes (0xFF) on the deferred and the emulated device. 64-byte
+    /// aligned. A GPU that has no room for it fails at the next wait.
+    pub fn alloc(&self, dtype: DType, len: usize) -> Buffer {
+        match &self.inner.kind {
+            Kind::Cpu { deferred, .. } => {
+                let b = Buffer::new(dtype, len, self.inner.allocated.clone());
+                if *deferred {
+                    // SAFETY: nobody else has this buffer yet.
+                    unsafe { b.bytes_mut().fill(0xFF) }
+                }
+                b
+            }
+            Kind::Gpu(card) => card.alloc(dtype, len),
+        }
     }
 
     /// Zeroed memory for `len` elements.
     pub fn zeros(&self, dtype: DType, len: usize) -> Buffer {
-        // The allocator hands out zeroed pages.
-        Buffer::new(dtype, len, self.inner.allocated.clone())
+        match &self.inner.kind {
+            // The allocator hands out zeroed pages.
+            Kind::Cpu { .. } => Buffer::new(dtype, len, self.inner.allocated.clone()),
+            Kind::Gpu(card) => {
+                let b = card.alloc(dtype, len);
+                if card.check().is_ok() {
+                    card.driver.fill(&b, 0);
+                }
+                b
+            }
+        }
     }
 
     /// A new buffer with a copy of `data`.
     pub fn upload<T: Element>(&self, data: &[T]) -> Buffer {
-        let b = Buffer::new(T::DTYPE, data.len(), self.inner.allocated.clone());
-        // SAFETY: nobody else has this buffer yet.
-        unsafe { b.get_mut::<T>().copy_from_slice(data) };
-        b
+        match &self.inner.kind {
+            Kind::Cpu { .. } => {
+                let b = Buffer::new(T::DTYPE, data.len(), self.inner.allocated.clone());
+                // SAFETY: nobody else has this buffer yet.
+                unsafe { b.get_mut::<T>().copy_from_slice(data) };
+                b
+            }
+            Kind::Gpu(card) => {
+                let b = card.alloc(T::DTYPE, data.len());
+                if card.check().is_ok() {
+                    card.driver.upload(bytemuck::cast_slice(data), &b);
+                }
+                b
+            }
+        }
     }
 
     /// Bytes held by live buffers of this device.
@@ -142,14 +211,21 @@ impl Device {
         }
     }
 
-    /// How many threads a parallel op uses.
+    /// How many threads of the host a parallel op uses.
     pub fn threads(&self) -> usize {
-        self.inner.pool.threads()
+        match &self.inner.kind {
+            Kind::Cpu { pool, .. } => pool.threads(),
+            Kind::Gpu(_) => 1,
+        }
     }
 }
 
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "cpu({} threads{})", self.threads(), if self.inner.deferred { ", deferred" } else { "" })
+        match &self.inner.kind {
+            Kind::Cpu { pool, deferred: true } => write!(f, "cpu({} threads, deferred)", pool.threads()),
+            Kind::Cpu { pool, .. } => write!(f, "cpu({} threads)", pool.threads()),
+            Kind::Gpu(card) => write!(f, "emulated(sm_{})", card.driver.sm()),
+        }
     }
 }

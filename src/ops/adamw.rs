@@ -40,6 +40,7 @@ pub fn grad_norm(s: &Stream, grads: &Buffer, out: &Buffer) {
             });
             out[0] = sums.iter().sum::<f64>().sqrt() as f32;
         }),
+        Backend::Gpu(gpu) => gpu.missing("adamw"),
     }
 }
 
@@ -92,6 +93,7 @@ pub fn step(
                 update(p, &g[at..at + n], m, v, k);
             });
         }),
+        Backend::Gpu(gpu) => gpu.missing("adamw"),
     }
 }
 

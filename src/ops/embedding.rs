@@ -72,6 +72,7 @@ pub fn forward(s: &Stream, ids: &Buffer, table: Table<'_>, out: &Buffer, t: usiz
                 }
             });
         }),
+        Backend::Gpu(gpu) => gpu.missing("embedding"),
     }
 }
 
@@ -108,6 +109,7 @@ pub fn backward(s: &Stream, ids: &Buffer, dout: &Buffer, dtable: Table<'_>, t: u
                 }
             });
         }),
+        Backend::Gpu(gpu) => gpu.missing("embedding"),
     }
 }
 

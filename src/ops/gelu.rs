@@ -16,6 +16,7 @@ pub fn forward(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
             let (x, y) = unsafe { (x.get::<f32>(), y.get_mut::<f32>()) };
             pool.chunks_mut(&mut y[..len], CHUNK, |i, y| apply(&x[i * CHUNK..][..y.len()], y));
         }),
+        Backend::Gpu(gpu) => gpu.missing("gelu"),
     }
 }
 
@@ -33,6 +34,7 @@ pub fn backward(s: &Stream, x: &Buffer, dy: &Buffer, dx: &Buffer, len: usize) {
                 apply_backward(&x[at..][..dx.len()], &dy[at..][..dx.len()], dx)
             });
         }),
+        Backend::Gpu(gpu) => gpu.missing("gelu"),
     }
 }
 

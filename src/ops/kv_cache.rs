@@ -172,6 +172,7 @@ pub fn write(
                 }
             });
         }),
+        Backend::Gpu(gpu) => gpu.missing("kv_cache"),
     }
 }
 
@@ -207,6 +208,7 @@ pub fn gather(
                 }
             });
         }),
+        Backend::Gpu(gpu) => gpu.missing("kv_cache"),
     }
 }
 
@@ -237,6 +239,7 @@ fn for_pages(s: &Stream, cache: &KvCache, from: usize, to: usize, f: fn(&[f32], 
         Backend::Cpu(s) => {
             s.launch(move |pool| pool.run(pairs.len(), |i| unsafe { f(pairs[i].0.get(), pairs[i].1.get_mut()) }))
         }
+        Backend::Gpu(gpu) => gpu.missing("kv_cache"),
     }
 }
 

@@ -157,6 +157,7 @@ fn tiles(
                     }
                 });
             }),
+            Backend::Gpu(gpu) => gpu.missing("patch_embed"),
         }
         then(&tile, first, rows);
     }

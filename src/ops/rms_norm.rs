@@ -2,13 +2,19 @@
 //! `y = x / sqrt(mean(x^2) + eps) * w`, row by row.
 
 use super::simd::{LANES, dot, madd, multiversion, rows_per_item, sum_lanes};
-use crate::device::{Backend, Buffer, SendPtr, Stream};
+use crate::device::{Arg, Backend, Buffer, DType, Launch, SendPtr, Stream};
 
 /// Rows whose terms of the weight gradient are summed before they join the total. Fixed, so that the order of additions
 /// depends on the shape alone.
 const ROW_BLOCK: usize = 64;
 /// Columns per work item of the weight gradient.
 const COL_BLOCK: usize = 128;
+
+/// Threads of the kernels' blocks.
+const THREADS: usize = 128;
+/// Blocks of the backward kernel, at most: two for each multiprocessor of the largest card. Fixed, because each sums its share of
+/// the weight gradient.
+const BLOCKS: usize = 264;
 
 /// `y[r, :] = x[r, :] / rms(x[r, :]) * w`, with x and y `[rows, cols]` and w `[cols]`.
 pub fn forward(s: &Stream, x: &Buffer, w: &Buffer, eps: f32, y: &Buffer, rows: usize, cols: usize) {
@@ -26,6 +32,20 @@ pub fn forward(s: &Stream, x: &Buffer, w: &Buffer, eps: f32, y: &Buffer, rows: u
                 }
             });
         }),
+        Backend::Gpu(gpu) if rows * cols > 0 => gpu.launch(
+            "rms_norm_forward",
+            Launch::linear(rows, THREADS),
+            &[
+                Arg::Buffer(&x),
+                Arg::Null(DType::BF16),
+                Arg::Buffer(&w),
+                Arg::Null(DType::BF16),
+                Arg::Buffer(&y),
+                Arg::len(cols),
+                Arg::F32(eps),
+            ],
+        ),
+        Backend::Gpu(_) => {}
     }
 }
 
@@ -71,6 +91,19 @@ pub fn backward(
                 pool.chunks_mut(dw, COL_BLOCK, |i, dw| weight_gradient(x, dy, &inv, i * COL_BLOCK, cols, dw));
             }
         }),
+        Backend::Gpu(gpu) if rows * cols > 0 => {
+            let blocks = rows.min(BLOCKS);
+            let [parts] = gpu.scratch([(DType::F32, if dw.is_some() { blocks * cols } else { 0 })]);
+            let dw_partial = Arg::maybe(dw.as_ref().map(|_| &parts), DType::F32);
+            let [x, w, dy, dx] = [&x, &w, &dy, &dx].map(Arg::Buffer);
+            let args = [x, w, dy, dx, dx, dw_partial, Arg::len(rows), Arg::len(cols), Arg::F32(eps)];
+            gpu.launch("rms_norm_backward", Launch::linear(blocks, THREADS).shared(cols * size_of::<f32>()), &args);
+            if let Some(dw) = &dw {
+                let args = [Arg::Buffer(&parts), Arg::Buffer(dw), Arg::len(blocks), Arg::len(cols)];
+                gpu.launch("rms_norm_weight_gradient", Launch::linear(cols.div_ceil(THREADS), THREADS), &args);
+            }
+        }
+        Backend::Gpu(_) => {}
     }
 }
 

@@ -45,6 +45,7 @@ fn tables(
                 }
             });
         }),
+        Backend::Gpu(gpu) => gpu.missing("rope"),
     }
 }
 
@@ -111,6 +112,7 @@ pub fn rotate(
                 }
             });
         }),
+        Backend::Gpu(gpu) => gpu.missing("rope"),
     }
 }
 

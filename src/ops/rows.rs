@@ -40,6 +40,7 @@ pub fn add(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
             let (x, y) = unsafe { (x.get::<f32>(), y.get_mut::<f32>()) };
             pool.chunks_mut(&mut y[..len], CHUNK, |i, y| add_slice(y, &x[i * CHUNK..][..y.len()]));
         }),
+        Backend::Gpu(gpu) => gpu.missing("rows"),
     }
 }
 
@@ -110,6 +111,7 @@ fn launch(
             let (src, index, dst) = unsafe { (src.get(), index.get(), dst.get_mut()) };
             f(pool, src, index, dst);
         }),
+        Backend::Gpu(gpu) => gpu.missing("rows"),
     }
 }
 

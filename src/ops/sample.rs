@@ -88,6 +88,7 @@ pub fn sample(
                 unsafe { *logps.get().add(i) = logp };
             });
         }),
+        Backend::Gpu(gpu) => gpu.missing("sample"),
     }
 }
 

@@ -160,6 +160,7 @@ pub fn paged_forward(
             let (call, q) = (paged.call(&segments), q.get::<f32>().as_ptr());
             Forward { call, q, q_row: q_stride, out: SendPtr(out.as_mut_ptr()), lse }.run(pool);
         }),
+        Backend::Gpu(gpu) => gpu.missing("attention"),
     }
 }
 
@@ -213,6 +214,7 @@ pub fn paged_backward(
             }
             .run(pool);
         }),
+        Backend::Gpu(gpu) => gpu.missing("attention"),
     }
 }
 
@@ -246,6 +248,7 @@ pub fn varlen_forward(
             let lse = lse.map(|l| SendPtr(l.as_mut_ptr()));
             Forward { call, q: x.as_ptr(), q_row: 3 * width, out: SendPtr(out.as_mut_ptr()), lse }.run(pool);
         }),
+        Backend::Gpu(gpu) => gpu.missing("attention"),
     }
 }
 
@@ -290,5 +293,6 @@ pub fn varlen_backward(
             }
             .run(pool);
         }),
+        Backend::Gpu(gpu) => gpu.missing("attention"),
     }
 }

@@ -114,6 +114,7 @@ pub fn forward(s: &Stream, x: &Buffer, w: &Weight, epilogue: Epilogue, y: &Buffe
                 forward_on(pool, Isa::detect(), x.get(), w.data.get(), m, n, k, out);
             }
         }),
+        Backend::Gpu(gpu) => gpu.missing("linear"),
     }
 }
 
@@ -138,6 +139,7 @@ pub fn backward_input(s: &Stream, dy: &Buffer, w: &Weight, dx: &Buffer, m: usize
             let (dy, w, dx) = (dy.get::<f32>(), w.data.get::<f32>(), dx.get_mut::<f32>());
             backward_input_on(pool, Isa::detect(), dy, w, dx.as_mut_ptr(), m, n, k, accumulate);
         }),
+        Backend::Gpu(gpu) => gpu.missing("linear"),
     }
 }
 
@@ -233,6 +235,7 @@ pub fn backward_weight(s: &Stream, dy: &Buffer, x: &Buffer, dw: &Buffer, m: usiz
             let (dy, x, dw) = (dy.get::<f32>(), x.get::<f32>(), dw.get_mut::<f32>());
             backward_weight_on(pool, Isa::detect(), dy, x, dw.as_mut_ptr(), m, n, k);
         }),
+        Backend::Gpu(gpu) => gpu.missing("linear"),
     }
 }
 
@@ -287,6 +290,7 @@ pub fn backward_bias(s: &Stream, dy: &Buffer, db: &Buffer, m: usize) {
     match s.backend() {
         // SAFETY: lengths were checked, and the stream orders writers.
         Backend::Cpu(s) => s.launch(move |pool| unsafe { backward_bias_on(pool, dy.get(), db.get_mut(), m) }),
+        Backend::Gpu(gpu) => gpu.missing("linear"),
     }
 }
 

@@ -205,6 +205,7 @@ pub fn logprobs(
                     }
                 });
             }),
+            Backend::Gpu(gpu) => gpu.missing("loss"),
         }
     }
 }
@@ -277,6 +278,7 @@ pub fn forward_backward(
                     }
                 });
             }),
+            Backend::Gpu(gpu) => gpu.missing("loss"),
         }
         linear::backward_input(s, &ws.logits, head, &ws.dhidden, m, false);
         rows::scatter_add(s, &ws.dhidden, &entries.unique.view(first, m), dhidden, m, h);

@@ -1,16 +1,19 @@
-use super::{Backend, Buffer, Device, Element, Pool};
+use super::{Backend, Buffer, Device, Element, Gpu, Kind, Pool};
 use crate::{Error, Result};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 type Work = Box<dyn FnOnce(&Pool) + Send>;
 
-/// When work runs. Either way the lock is held while it does: threads may share a stream, and its launches run one at a time.
+/// Where and when work runs. On the host the lock is held while it does: threads may share a stream, and its launches run one
+/// at a time.
 enum Queue {
-    /// At submission.
-    Immediate(Mutex<()>),
-    /// When somebody waits.
-    Deferred(Mutex<Held>),
+    /// On the host at submission.
+    Immediate(Mutex<()>, Arc<Pool>),
+    /// On the host when somebody waits.
+    Deferred(Mutex<Held>, Arc<Pool>),
+    /// On a GPU.
+    Gpu(Gpu),
 }
 
 #[derive(Default)]
@@ -24,14 +27,17 @@ struct Held {
 #[derive(Clone)]
 pub struct Stream {
     device: Device,
-    pool: Arc<Pool>,
     queue: Arc<Queue>,
 }
 
 impl Stream {
-    pub(super) fn new(device: Device, pool: Arc<Pool>, deferred: bool) -> Stream {
-        let queue = if deferred { Queue::Deferred(Mutex::default()) } else { Queue::Immediate(Mutex::default()) };
-        Stream { device, pool, queue: queue.into() }
+    pub(super) fn new(device: Device) -> Stream {
+        let queue = match &device.inner.kind {
+            Kind::Cpu { pool, deferred: false } => Queue::Immediate(Mutex::default(), pool.clone()),
+            Kind::Cpu { pool, deferred: true } => Queue::Deferred(Mutex::default(), pool.clone()),
+            Kind::Gpu(card) => Queue::Gpu(Gpu::new(card.clone())),
+        };
+        Stream { device, queue: queue.into() }
     }
 
     /// The device this stream runs on.
@@ -41,22 +47,26 @@ impl Stream {
 
     /// What to launch for.
     pub fn backend(&self) -> Backend<'_> {
-        Backend::Cpu(self)
+        match &*self.queue {
+            Queue::Gpu(gpu) => Backend::Gpu(gpu),
+            _ => Backend::Cpu(self),
+        }
     }
 
     /// Submits host work: `f` gets the pool to spread over the cores. It captures clones of the buffers it touches, and submits
-    /// nothing to this stream itself: that would wait for ever.
+    /// nothing to this stream itself: that would wait for ever. For [`Backend::Cpu`]; panics on a GPU's stream.
     pub fn launch<F: FnOnce(&Pool) + Send + 'static>(&self, f: F) {
         match &*self.queue {
-            Queue::Immediate(running) => {
+            Queue::Immediate(running, pool) => {
                 let _one = running.lock().unwrap_or_else(|e| e.into_inner());
-                f(&self.pool);
+                f(pool);
             }
-            Queue::Deferred(q) => {
+            Queue::Deferred(q, _) => {
                 let mut q = q.lock().unwrap_or_else(|e| e.into_inner());
                 q.waiting.push_back(Box::new(f));
                 q.submitted += 1;
             }
+            Queue::Gpu(_) => panic!("host work on a GPU's stream"),
         }
     }
 
@@ -64,16 +74,17 @@ impl Stream {
     pub fn write<T: Element>(&self, to: &Buffer, data: &[T]) {
         assert!(data.len() <= to.len(), "{} elements written into a buffer of {}", data.len(), to.len());
         match &*self.queue {
-            Queue::Immediate(running) => {
+            Queue::Immediate(running, _) => {
                 let _one = running.lock().unwrap_or_else(|e| e.into_inner());
                 // SAFETY: work on this stream has run already and none begins, so no launch is using `to`.
                 unsafe { to.get_mut::<T>()[..data.len()].copy_from_slice(data) }
             }
-            Queue::Deferred(_) => {
+            Queue::Deferred(..) => {
                 let (to, data) = (to.clone(), data.to_vec());
                 // SAFETY: the queue runs launches one after the other.
                 self.launch(move |_| unsafe { to.get_mut::<T>()[..data.len()].copy_from_slice(&data) });
             }
+            Queue::Gpu(gpu) => gpu.write(to, data),
         }
     }
 
@@ -81,6 +92,9 @@ impl Stream {
     pub fn copy(&self, from: &Buffer, to: &Buffer) {
         assert!(!from.overlaps(to), "a copy between buffers that overlap");
         assert_eq!((from.len(), from.dtype()), (to.len(), to.dtype()), "a copy between buffers of one shape");
+        if let Queue::Gpu(gpu) = &*self.queue {
+            return gpu.copy(from, to);
+        }
         let (from, to) = (from.clone(), to.clone());
         // SAFETY: launches of one stream run one after the other; the ranges do not overlap.
         self.launch(move |_| unsafe { to.bytes_mut().copy_from_slice(from.bytes_mut()) });
@@ -88,6 +102,9 @@ impl Stream {
 
     /// Submits setting every byte of `b` to zero.
     pub fn zero(&self, b: &Buffer) {
+        if let Queue::Gpu(gpu) = &*self.queue {
+            return gpu.fill(b, 0);
+        }
         let b = b.clone();
         self.launch(move |pool| {
             // SAFETY: launches of one stream run one after the other.
@@ -98,6 +115,9 @@ impl Stream {
 
     /// Submits a read of `b`; the values come with [`Pending::wait`].
     pub fn read<T: Element>(&self, b: &Buffer) -> Pending<T> {
+        if let Queue::Gpu(gpu) = &*self.queue {
+            return Pending { slot: Arc::new(Mutex::new(gpu.read(b))), event: self.record() };
+        }
         let slot: Arc<Mutex<Vec<T>>> = Arc::default();
         let (to, b) = (slot.clone(), b.clone());
         // SAFETY: launches of one stream run one after the other.
@@ -108,8 +128,8 @@ impl Stream {
     /// Marks this point of the queue.
     pub fn record(&self) -> Event {
         let at = match &*self.queue {
-            Queue::Immediate(_) => 0,
-            Queue::Deferred(q) => q.lock().unwrap_or_else(|e| e.into_inner()).submitted,
+            Queue::Immediate(..) | Queue::Gpu(_) => 0,
+            Queue::Deferred(q, _) => q.lock().unwrap_or_else(|e| e.into_inner()).submitted,
         };
         Event { stream: self.clone(), at }
     }
@@ -130,11 +150,15 @@ pub struct Event {
 impl Event {
     /// Waits until everything submitted before this point has run. Errors of the device surface here.
     pub fn wait(&self) -> Result<()> {
-        let Queue::Deferred(q) = &*self.stream.queue else { return Ok(()) };
+        let (q, pool) = match &*self.stream.queue {
+            Queue::Immediate(..) => return Ok(()),
+            Queue::Gpu(gpu) => return gpu.card().check(),
+            Queue::Deferred(q, pool) => (q, pool),
+        };
         let mut q = q.lock().map_err(|_| Error::internal("a launch panicked on this stream"))?;
         while q.done < self.at {
             let Some(work) = q.waiting.pop_front() else { break };
-            work(&self.stream.pool);
+            work(pool);
             q.done += 1;
         }
         Ok(())

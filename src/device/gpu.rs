@@ -1,0 +1,316 @@
+//! The side of a GPU that ops see: kernels launched by name with typed arguments, products with matrices, a workspace.
+//!
+//! A GPU keeps the first failure of a launch, of whatever stream: what is submitted after it does nothing, and every
+//! wait returns it. So ops can launch without asking, and no result is ever read that a failed launch should have made.
+
+use super::emulated::Emulator;
+use super::{Buffer, DType, Element};
+use crate::{Error, Result};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The shape of a launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// Blocks in x, y and z.
+    pub grid: [u32; 3],
+    /// Threads of a block in x, y and z.
+    pub block: [u32; 3],
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: usize,
+}
+
+impl Launch {
+    /// `blocks` blocks of `threads` threads, all in x.
+    pub fn linear(blocks: usize, threads: usize) -> Launch {
+        // Too many for the field are too many for a launch, which refuses them.
+        let field = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        Launch { grid: [field(blocks), 1, 1], block: [field(threads), 1, 1], shared_bytes: 0 }
+    }
+
+    /// The same with dynamic shared memory.
+    pub fn shared(self, bytes: usize) -> Launch {
+        Launch { shared_bytes: bytes, ..self }
+    }
+}
+
+/// A tensor of 16-bit elements, rows without gaps, and the box of it that one copy of the tensor memory accelerator moves.
+/// Stands for `CUtensorMap`; `kernels/emulator/tensor_map.h` has the same fields.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, bytemuck::Zeroable)]
+pub struct TensorMap {
+    base: u64,
+    size: [u64; 3],
+    stride: [u64; 2],
+    region: [u32; 3],
+    rank: u32,
+    swizzle: u32,
+    reserved: [u32; 15],
+}
+
+impl TensorMap {
+    /// `size` and `region` (the box) in elements, the innermost dimension first, two or three of them; `swizzle` in bytes.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when the memory is no such tensor. What the hardware refuses besides is an error of the launch.
+    pub fn new(memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> Result<TensorMap> {
+        let n = size.iter().try_fold(1usize, |n, &s| n.checked_mul(s));
+        let fits = memory.dtype().size() == 2 && n.is_some_and(|n| n <= memory.len());
+        if !fits || !(2..=3).contains(&size.len()) || region.len() != size.len() {
+            return Err(Error::internal(format!("boxes of {region:?} in a tensor of {size:?} in {memory:?}")));
+        }
+        let at = |i: usize| size.get(i).map_or(1, |&s| s as u64);
+        let side = |i: usize| region.get(i).copied().unwrap_or(1);
+        Ok(TensorMap {
+            base: memory.address() as u64,
+            size: [at(0), at(1), at(2)],
+            stride: [at(0) * 2, at(0) * at(1) * 2],
+            region: [side(0), side(1), side(2)],
+            rank: size.len() as u32,
+            swizzle,
+            reserved: [0; 15],
+        })
+    }
+}
+
+/// An argument of a kernel. Its type must be the parameter's.
+#[derive(Clone, Copy, Debug)]
+pub enum Arg<'a> {
+    /// A pointer to the buffer's first element.
+    Buffer(&'a Buffer),
+    /// A null pointer to elements of a type.
+    Null(DType),
+    /// An `int`.
+    I32(i32),
+    /// An `unsigned`.
+    U32(u32),
+    /// A `uint64_t`.
+    U64(u64),
+    /// A `float`.
+    F32(f32),
+    /// A tensor map, by value.
+    TensorMap(&'a TensorMap),
+}
+
+impl<'a> Arg<'a> {
+    /// A pointer to the buffer's first element, or null where there is none.
+    pub fn maybe(buffer: Option<&'a Buffer>, dtype: DType) -> Arg<'a> {
+        buffer.map_or(Arg::Null(dtype), Arg::Buffer)
+    }
+
+    /// An `int` from a length. What is too large becomes -1, which no kernel takes for a length.
+    pub fn len(n: usize) -> Arg<'a> {
+        Arg::I32(i32::try_from(n).unwrap_or(-1))
+    }
+}
+
+/// What all streams of a GPU share.
+pub(super) struct Card {
+    pub driver: Emulator,
+    failure: Mutex<Option<String>>,
+    gauge: Arc<AtomicUsize>,
+}
+
+impl Card {
+    pub fn new(driver: Emulator, gauge: Arc<AtomicUsize>) -> Card {
+        Card { driver, failure: Mutex::default(), gauge }
+    }
+
+    /// The first failure, if there was one.
+    pub fn check(&self) -> Result<()> {
+        match &*self.failure.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(what) => Err(Error::internal(what)),
+            None => Ok(()),
+        }
+    }
+
+    fn keep(&self, result: Result<()>) {
+        if let Err(e) = result {
+            let what = match e {
+                Error::Internal(what) => what,
+                e => e.to_string(),
+            };
+            self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
+        }
+    }
+
+    /// Memory with every byte 0xFF. Where there is not enough, a buffer of nothing stands for it, the failure is kept, and so
+    /// nothing that would touch it runs.
+    pub fn alloc(&self, dtype: DType, len: usize) -> Buffer {
+        Buffer::emulated(dtype, len, self.gauge.clone()).unwrap_or_else(|| {
+            self.keep(Err(Error::internal(format!("the GPU has no memory for {len} elements of {dtype:?}"))));
+            Buffer::nowhere(dtype, len, self.gauge.clone())
+        })
+    }
+}
+
+/// A stream of a GPU, as ops launch on it. Work runs in the order of submission.
+pub struct Gpu {
+    card: Arc<Card>,
+    workspace: Mutex<Option<Buffer>>,
+    launches: AtomicUsize,
+}
+
+/// Parts of a workspace begin at multiples of so many bytes.
+const PART_ALIGN: usize = 256;
+
+impl Gpu {
+    pub(super) fn new(card: Arc<Card>) -> Gpu {
+        Gpu { card, workspace: Mutex::default(), launches: AtomicUsize::new(0) }
+    }
+
+    /// Submits a launch of the kernel of that name. A failure surfaces at the next wait.
+    pub fn launch(&self, kernel: &str, shape: Launch, args: &[Arg<'_>]) {
+        if self.card.check().is_ok() {
+            // Each launch has its own order of warps; together they follow from the device's seed.
+            let number = self.launches.fetch_add(1, Ordering::Relaxed) as u64;
+            let seed = self.card.driver.seed().wrapping_add(number);
+            self.card.keep(self.card.driver.with_seed(seed).launch(kernel, shape, args));
+        }
+    }
+
+    /// Submits `c = op(a) b`, or `+=` where it accumulates: `a` bf16 `[m, k]`, or `[k, m]` where it is transposed, `b` bf16
+    /// `[k, n]`, `c` f32 or bf16 `[m, n]`, all row-major. For gradients: the order of additions is fixed, but not the one of
+    /// [`linear::forward`](crate::ops::linear::forward).
+    pub fn matmul(&self, a: &Buffer, transposed: bool, b: &Buffer, c: &Buffer, shape: [usize; 3], accumulate: bool) {
+        if self.card.check().is_ok() {
+            self.card.keep(self.card.driver.matmul(a, transposed, b, c, shape, accumulate));
+        }
+    }
+
+    /// Parts of this stream's workspace, of so many elements of a type each, holding anything. They are the op's until the
+    /// stream's next workspace: kernels run in order, so no op disturbs another's. Allocates only where more is asked
+    /// for than ever before.
+    pub fn scratch<const N: usize>(&self, parts: [(DType, usize); N]) -> [Buffer; N] {
+        let bytes = parts.map(|(dtype, len)| (dtype.size() * len).next_multiple_of(PART_ALIGN));
+        let all: usize = bytes.iter().sum();
+        let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        if workspace.as_ref().is_none_or(|w| w.len() < all) {
+            *workspace = Some(self.card.alloc(DType::U8, all));
+        }
+        let whole = workspace.get_or_insert_with(|| self.card.alloc(DType::U8, 0)).clone();
+        drop(workspace);
+        self.fill(&whole, 0xFF);
+        let mut start = 0;
+        let mut next = bytes.into_iter();
+        parts.map(|(dtype, len)| {
+            let part = whole.part(start, dtype, len);
+            start += next.next().unwrap_or(0);
+            part
+        })
+    }
+
+    /// Keeps the failure of an op that has no kernel yet.
+    pub(crate) fn missing(&self, op: &str) {
+        self.card.keep(Err(Error::internal(format!("{op} does not run on a GPU yet"))));
+    }
+
+    /// Streaming multiprocessors: how many blocks a persistent grid has. No result may depend on it.
+    pub fn multiprocessors(&self) -> usize {
+        self.card.driver.multiprocessors()
+    }
+
+    /// The architecture that kernels are chosen for: 80 (`mma.sync`, `cp.async`) or 90 (also `wgmma`, TMA).
+    pub fn sm(&self) -> u32 {
+        self.card.driver.sm()
+    }
+
+    pub(super) fn card(&self) -> &Card {
+        &self.card
+    }
+
+    pub(super) fn write<T: Element>(&self, to: &Buffer, data: &[T]) {
+        assert_eq!(T::DTYPE, to.dtype(), "a buffer written as another type");
+        if self.card.check().is_ok() {
+            self.card.driver.upload(bytemuck::cast_slice(data), to);
+        }
+    }
+
+    pub(super) fn read<T: Element>(&self, from: &Buffer) -> Vec<T> {
+        assert_eq!(T::DTYPE, from.dtype(), "a buffer read as another type");
+        let mut values = vec![T::zeroed(); if self.card.check().is_ok() { from.len() } else { 0 }];
+        if !values.is_empty() {
+            self.card.driver.download(from, bytemuck::cast_slice_mut(&mut values));
+        }
+        values
+    }
+
+    pub(super) fn copy(&self, from: &Buffer, to: &Buffer) {
+        if self.card.check().is_ok() {
+            self.card.driver.copy(from, to);
+        }
+    }
+
+    pub(super) fn fill(&self, b: &Buffer, byte: u8) {
+        if self.card.check().is_ok() {
+            self.card.driver.fill(b, byte);
+        }
+    }
+}
+
+#[cfg(all(test, emulator))]
+mod tests {
+    use super::super::{Backend, Device, Stream};
+    use super::*;
+
+    fn gpu(s: &Stream) -> &Gpu {
+        match s.backend() {
+            Backend::Gpu(gpu) => gpu,
+            Backend::Cpu(_) => unreachable!("an emulated device"),
+        }
+    }
+
+    #[test]
+    fn memory_is_written_copied_zeroed_read_and_counted() {
+        let d = Device::emulated(1).unwrap();
+        let s = d.stream();
+        let (a, b, c) = (d.upload(&[1u32, 2, 3]), d.alloc(DType::U32, 3), d.zeros(DType::U32, 2));
+        assert_eq!(d.allocated_bytes(), 32);
+        assert_eq!(s.read::<u32>(&b).wait().unwrap(), [u32::MAX; 3], "fresh memory is poisoned");
+        s.write(&a.view(1, 2), &[7u32]);
+        s.copy(&a, &b);
+        s.zero(&a.view(0, 1));
+        assert_eq!(s.read::<u32>(&a).wait().unwrap(), [0, 7, 3]);
+        assert_eq!(s.read::<u32>(&b).wait().unwrap(), [1, 7, 3]);
+        assert_eq!(s.read::<u32>(&c).wait().unwrap(), [0, 0]);
+        drop((a, b, c));
+        assert_eq!(d.allocated_bytes(), 0);
+    }
+
+    #[test]
+    fn the_first_failure_is_kept_and_nothing_runs_after_it() {
+        let d = Device::emulated(1).unwrap();
+        let (s, other) = (d.stream(), d.stream());
+        gpu(&s).launch("no_such_kernel", Launch::linear(1, 32), &[]);
+        gpu(&s).launch("nor_this_one", Launch::linear(1, 32), &[]);
+        let b = d.upload(&[1.0f32]);
+        for said in [s.synchronize().unwrap_err(), other.read::<f32>(&b).wait().unwrap_err()] {
+            assert!(said.to_string().contains("no kernel is named no_such_kernel"), "{said}");
+        }
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_an_error_at_the_next_wait() {
+        let d = Device::emulated(1).unwrap();
+        let s = d.stream();
+        let b = d.alloc(DType::F32, usize::MAX / 8);
+        s.zero(&b);
+        s.write(&b, &[1.0f32]);
+        let said = s.read::<f32>(&b).wait().unwrap_err().to_string();
+        assert!(said.contains("no memory for") && said.contains("F32"), "{said}");
+        assert_eq!(d.allocated_bytes(), 0);
+    }
+
+    #[test]
+    fn the_workspace_has_parts_of_any_type_and_keeps_its_size() {
+        let d = Device::emulated(1).unwrap();
+        let s = d.stream();
+        let [a, b] = gpu(&s).scratch([(DType::BF16, 3), (DType::U64, 2)]);
+        assert!(!a.overlaps(&b) && a.overlaps(&a.view(1, 1)) && (a.len(), b.len()) == (3, 2));
+        s.write(&b, &[5u64, 6]);
+        let held = d.allocated_bytes();
+        let [c] = gpu(&s).scratch([(DType::U8, 512)]);
+        assert_eq!((d.allocated_bytes(), c.overlaps(&b)), (held, true));
+        assert_eq!(s.read::<u64>(&b).wait().unwrap(), [u64::MAX; 2], "what was in it is gone");
+    }
+}
