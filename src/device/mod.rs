@@ -110,6 +110,11 @@ impl Device {
         }
     }
 
+    /// Whether the weights of products lie in [`linear`](crate::ops::linear)'s panels here, rather than row-major.
+    pub fn packs_weights(&self) -> bool {
+        matches!(self.inner.kind, Kind::Cpu { .. })
+    }
+
     /// Uninitialised memory for `len` elements; poisoned with NaN bytes (0xFF) on the deferred and the emulated device. 64-byte
     /// aligned. A GPU that has no room for it fails at the next wait.
     pub fn alloc(&self, dtype: DType, len: usize) -> Buffer {

@@ -1,5 +1,7 @@
-use super::{Backend, Buffer, Device, Element, Gpu, Kind, Pool};
+use super::{Backend, Buffer, DType, Device, Element, Gpu, Kind, Pool};
 use crate::{Error, Result};
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
@@ -123,6 +125,35 @@ impl Stream {
         // SAFETY: launches of one stream run one after the other.
         self.launch(move |_| *to.lock().unwrap_or_else(|e| e.into_inner()) = unsafe { b.get::<T>() }.to_vec());
         Pending { slot, event: self.record() }
+    }
+
+    /// Submits a copy of `values` into the front of `to`, which holds f32 or bf16: rounded to nearest where it holds bf16.
+    /// Panics if it holds something else.
+    pub fn write_floats(&self, to: &Buffer, values: &[f32]) {
+        match to.dtype() {
+            DType::BF16 => {
+                let mut rounded = vec![bf16::ZERO; values.len()];
+                rounded.convert_from_f32_slice(values);
+                self.write(to, &rounded);
+            }
+            _ => self.write(to, values),
+        }
+    }
+
+    /// Waits for the values of `b`, f32 or bf16, as f32. Panics if it holds something else.
+    ///
+    /// # Errors
+    /// As [`Pending::wait`].
+    pub fn read_floats(&self, b: &Buffer) -> Result<Vec<f32>> {
+        match b.dtype() {
+            DType::BF16 => {
+                let stored = self.read::<bf16>(b).wait()?;
+                let mut values = vec![0.0; stored.len()];
+                stored.convert_to_f32_slice(&mut values);
+                Ok(values)
+            }
+            _ => self.read::<f32>(b).wait(),
+        }
     }
 
     /// Marks this point of the queue.

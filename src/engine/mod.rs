@@ -232,7 +232,8 @@ impl Engine {
             "this engine's caches and buffers",
             "lower EngineOptions::kv_bytes, vision_bytes, max_sequences, step_tokens or step_patches",
         )?;
-        let vision_rows = options.vision_bytes / (c.hidden_size * size_of::<f32>()) / vision::PAGE * vision::PAGE;
+        let row = c.hidden_size * model.device().float().size();
+        let vision_rows = options.vision_bytes / row / vision::PAGE * vision::PAGE;
         let in_cache = vision_rows * 4;
         let max_patches = if in_cache < options.step_patches {
             (in_cache, "vision_bytes")

@@ -85,8 +85,8 @@ impl Runner {
             batch: StepBatch::new(&d, &step),
             workspace: Workspace::new(c, &d, &step),
             vision: VisionWorkspace::new(c, &d, limits.step_patches),
-            encoded: d.alloc(DType::F32, limits.step_patches / 4 * c.hidden_size),
-            arena: d.alloc(DType::F32, vision_rows * c.hidden_size),
+            encoded: d.alloc(d.float(), limits.step_patches / 4 * c.hidden_size),
+            arena: d.alloc(d.float(), vision_rows * c.hidden_size),
             encode_rows: d.zeros(DType::U32, limits.step_patches / 4),
             logits: d.alloc(DType::F32, most * c.vocab_size),
             forbidden: d.upload(&softmax::forbidden_set(c.vocab_size, forbidden)),
@@ -154,7 +154,7 @@ impl Runner {
 
     /// Bytes of one image token in the vision cache.
     pub fn vision_row_bytes(&self) -> usize {
-        self.model.config.hidden_size * size_of::<f32>()
+        self.model.config.hidden_size * self.model.device().float().size()
     }
 
     /// Bytes of one page of the KV cache.

@@ -165,12 +165,12 @@ impl Workspace {
     /// Room for steps within `limits`.
     pub fn new(config: &Config, device: &Device, limits: &StepLimits) -> Workspace {
         let (shape, h) = (config.layer_shape(), config.hidden_size);
-        let x = device.alloc(DType::F32, limits.tokens * h);
+        let x = device.alloc(device.float(), limits.tokens * h);
         Workspace {
-            hidden: device.alloc(DType::F32, limits.tokens * h),
+            hidden: device.alloc(device.float(), limits.tokens * h),
             rope: Rope::new(device, limits.tokens, shape.head_dim),
             acts: LayerActs::in_place(device, &shape, limits.tokens, &x),
-            last: device.alloc(DType::F32, limits.logits * h),
+            last: device.alloc(device.float(), limits.logits * h),
             x,
         }
     }

@@ -46,21 +46,21 @@ impl LayerShape {
     pub fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }
-    /// f32 values per row that `LayerActs::new` allocates.
+    /// Values per row that `LayerActs::new` allocates.
     pub fn kept_values(&self) -> usize {
         3 * self.hidden + self.qkv_width() + self.q_width() + self.heads + 3 * self.intermediate
     }
-    /// f32 values per row that `LayerActs::in_place` allocates.
+    /// Values per row that `LayerActs::in_place` allocates.
     pub fn in_place_values(&self) -> usize {
         self.hidden + self.qkv_width() + self.q_width() + 3 * self.intermediate
     }
-    /// f32 values per row that `LayerGrads::new` allocates.
+    /// Values per row that `LayerGrads::new` allocates.
     pub fn grad_values(&self) -> usize {
         self.hidden + self.qkv_width() + self.q_width() + 3 * self.intermediate
     }
 }
 
-/// Rotary tables `[rows, head_dim / 2]`.
+/// Rotary tables, f32 `[rows, head_dim / 2]`.
 pub struct Rope {
     /// Cosines.
     pub cos: Buffer,
@@ -83,7 +83,7 @@ pub struct LayerActs {
     /// After rope.
     pub qkv: Buffer,
     pub attn: Buffer,
-    /// Log-sum-exp of each query's scores, `[rows, heads]`; the backward pass wants it.
+    /// Log-sum-exp of each query's scores, f32 `[rows, heads]`; the backward pass wants it.
     pub lse: Option<Buffer>,
     pub mid: Buffer,
     pub normed2: Buffer,
@@ -94,12 +94,12 @@ pub struct LayerActs {
 impl LayerActs {
     /// A set for training, with nothing shared.
     pub fn new(device: &Device, shape: &LayerShape, rows: usize) -> LayerActs {
-        let rows_of = |width: usize| device.alloc(DType::F32, rows * width);
+        let rows_of = |width: usize| device.alloc(device.float(), rows * width);
         LayerActs {
             normed1: rows_of(shape.hidden),
             qkv: rows_of(shape.qkv_width()),
             attn: rows_of(shape.q_width()),
-            lse: Some(rows_of(shape.heads)),
+            lse: Some(device.alloc(DType::F32, rows * shape.heads)),
             mid: rows_of(shape.hidden),
             normed2: rows_of(shape.hidden),
             gate_up: rows_of(2 * shape.intermediate),
@@ -109,7 +109,7 @@ impl LayerActs {
 
     /// A set for inference: the residual stream `x` is updated in place.
     pub fn in_place(device: &Device, shape: &LayerShape, rows: usize, x: &Buffer) -> LayerActs {
-        let rows_of = |width: usize| device.alloc(DType::F32, rows * width);
+        let rows_of = |width: usize| device.alloc(device.float(), rows * width);
         let normed = rows_of(shape.hidden);
         LayerActs {
             normed1: normed.clone(),
@@ -183,7 +183,7 @@ pub struct LayerGrads {
 impl LayerGrads {
     /// Room for `rows` rows.
     pub fn new(device: &Device, shape: &LayerShape, rows: usize) -> LayerGrads {
-        let rows_of = |width: usize| device.alloc(DType::F32, rows * width);
+        let rows_of = |width: usize| device.alloc(device.float(), rows * width);
         LayerGrads {
             normed: rows_of(shape.hidden),
             qkv: rows_of(shape.qkv_width()),

@@ -176,7 +176,7 @@ impl Model {
         KvCache::new(&self.device, self.config.layers, blocks, self.config.kv_heads, self.config.head_dim())
     }
 
-    /// Submits the encoding of `images` into `out`, f32 `[tokens of all, hidden]`, image after image.
+    /// Submits the encoding of `images` into `out`, `[tokens of all, hidden]`, image after image.
     ///
     /// # Errors
     /// [`Error::Limit`] if they do not fit the workspace.
@@ -185,9 +185,9 @@ impl Model {
     }
 
     /// Submits one step of the decoder: writes the step's keys and values into their pages of `cache` and returns the hidden
-    /// states after the final norm, f32 `[tokens, hidden]`, in the workspace (valid until the next step with it).
+    /// states after the final norm, `[tokens, hidden]`, in the workspace (valid until the next step with it).
     ///
-    /// `vision`: f32 `[.., hidden]`, the rows that `StepInput::image_sources` names.
+    /// `vision`: `[.., hidden]`, the rows that `StepInput::image_sources` names.
     pub fn forward(
         &self,
         s: &Stream,

@@ -18,13 +18,15 @@ use std::ops::Range;
 
 /// Segments begin at multiples of this many elements (64 bytes).
 const ALIGN: usize = 16;
+/// Elements of a stripe: 4 MB, so that a stripe being converted stays near a core.
+const STRIPE: usize = 1 << 20;
 
 /// How a segment's `[n, k]` elements lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
     /// Row-major.
     Plain,
-    /// [`linear`]'s panels; lanes past `n` are zero, and so are their gradients.
+    /// [`linear`]'s panels, on the host's cores; lanes past `n` are zero, and so are their gradients.
     Packed,
 }
 
@@ -89,29 +91,40 @@ impl Segment {
         }
     }
 
-    /// Writes row-major `values` of `rows` (whole panels, or up to the last row) into `flat`.
-    pub(super) fn write(&self, s: &Stream, flat: &Buffer, rows: Range<usize>, values: &[f32]) {
+    /// Its rows in stripes of about four megabytes of f32, which begin where [`read`](Self::read) and [`write`](Self::write) can:
+    /// what moves between the device and a file at a time.
+    pub(crate) fn stripes(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let rows = match self.layout {
+            Layout::Plain => (STRIPE / self.k).max(1),
+            Layout::Packed => (STRIPE / self.k / PANEL).max(1) * PANEL,
+        };
+        let n = self.n;
+        (0..n).step_by(rows).map(move |first| first..n.min(first + rows))
+    }
+
+    /// Writes row-major `values` of `rows` (whole panels, or up to the last row) into `flat`, f32 or bf16.
+    pub(crate) fn write(&self, s: &Stream, flat: &Buffer, rows: Range<usize>, values: &[f32]) {
         let place = self.place(&rows);
         let to = flat.view(place.start, place.len());
         match self.layout {
-            Layout::Plain => s.write(&to, values),
+            Layout::Plain => s.write_floats(&to, values),
             Layout::Packed => {
                 let mut packed = vec![0.0; place.len()];
                 linear::pack(values, rows.len(), self.k, &mut packed);
-                s.write(&to, &packed);
+                s.write_floats(&to, &packed);
             }
         }
     }
 
     /// The row-major values of `rows`, any range, out of `flat`.
-    pub(super) fn read(&self, s: &Stream, flat: &Buffer, rows: Range<usize>) -> Result<Vec<f32>> {
+    pub(crate) fn read(&self, s: &Stream, flat: &Buffer, rows: Range<usize>) -> Result<Vec<f32>> {
         let first = match self.layout {
             Layout::Plain => rows.start,
             Layout::Packed => rows.start / PANEL * PANEL,
         };
         let whole = first..rows.end;
         let place = self.place(&whole);
-        let stored = s.read::<f32>(&flat.view(place.start, place.len())).wait()?;
+        let stored = s.read_floats(&flat.view(place.start, place.len()))?;
         Ok(match self.layout {
             Layout::Plain => stored,
             Layout::Packed => {
@@ -126,7 +139,7 @@ impl Segment {
 
 /// All parameters of a model.
 pub struct ParamStore {
-    /// f32, `[trainable, decayed | trainable, not decayed | frozen]`.
+    /// `[trainable, decayed | trainable, not decayed | frozen]`, of the device's [`float`](Device::float).
     pub flat: Buffer,
     segments: Vec<Segment>,
     /// Hub name -> (segment, tensor).
@@ -144,6 +157,9 @@ impl ParamStore {
         let mut segments = plan(config);
         for s in &mut segments {
             s.trainable = !(freeze_vision && s.name.starts_with("vision."));
+            if !device.packs_weights() {
+                s.layout = Layout::Plain;
+            }
         }
         segments.sort_by_key(|s| (!s.trainable, s.trainable && !s.decay));
         let (mut end, mut decayed, mut trainable) = (0, 0, 0);
@@ -159,11 +175,11 @@ impl ParamStore {
         let names = names.flat_map(|(i, s)| s.tensors.iter().enumerate().map(move |(j, t)| (t.name.clone(), (i, j))));
         let names = names.collect();
         device.check_room(
-            end * DType::F32.size(),
+            end * device.float().size(),
             "the model's weights",
             "use a smaller model, or a larger machine",
         )?;
-        Ok(ParamStore { flat: device.zeros(DType::F32, end), segments, names, decayed, trainable })
+        Ok(ParamStore { flat: device.zeros(device.float(), end), segments, names, decayed, trainable })
     }
 
     /// The segments, in the order in which they lie.
@@ -214,7 +230,7 @@ impl ParamStore {
         segment.read(s, flat, tensor.rows.clone())
     }
 
-    /// A buffer for gradients or moments: as long as the trainable front, all zero.
+    /// A buffer for gradients or moments, f32: as long as the trainable front, all zero.
     pub fn mirror(&self, device: &Device) -> Buffer {
         device.zeros(DType::F32, self.trainable)
     }

@@ -1,12 +1,8 @@
 //! Filling the parameters from the host, a stripe of rows at a time on all cores: the whole model never exists twice.
 
-use super::params::{Layout, ParamStore, Segment, Tensor};
+use super::params::{ParamStore, Segment, Tensor};
 use crate::device::Stream;
-use crate::ops::linear::PANEL;
 use crate::{Error, Result};
-
-/// Elements of a stripe: 4 MB, so that a stripe being converted stays near a core.
-const STRIPE: usize = 1 << 20;
 
 /// Fills every segment: `f(segment, tensor, first, out)` writes the row-major elements `[first, first + out.len())` of a
 /// tensor. It is called from several threads.
@@ -16,11 +12,7 @@ where
 {
     let mut stripes = Vec::new();
     for segment in params.segments() {
-        let rows = match segment.layout {
-            Layout::Plain => (STRIPE / segment.k).max(1),
-            Layout::Packed => (STRIPE / segment.k / PANEL).max(1) * PANEL,
-        };
-        stripes.extend((0..segment.n).step_by(rows).map(|r| (segment, r..segment.n.min(r + rows))));
+        stripes.extend(segment.stripes().map(|rows| (segment, rows)));
     }
     let f = &f;
     for batch in stripes.chunks(s.device().threads()) {

@@ -96,7 +96,7 @@ pub(super) struct MergerActs {
 
 impl MergerActs {
     pub fn new(device: &Device, c: &VisionConfig, patches: usize) -> MergerActs {
-        let room = |n: usize| device.alloc(DType::F32, n);
+        let room = |n: usize| device.alloc(device.float(), n);
         MergerActs {
             normed: room(patches * c.hidden_size),
             fc1: room(patches * c.hidden_size),
@@ -120,7 +120,7 @@ impl VisionWorkspace {
     /// Room for images of together `patches` patches (four times their tokens).
     pub fn new(config: &Config, device: &Device, patches: usize) -> VisionWorkspace {
         let (c, shape) = (&config.vision, config.vision.layer_shape());
-        let x = device.alloc(DType::F32, patches * shape.hidden);
+        let x = device.alloc(device.float(), patches * shape.hidden);
         VisionWorkspace {
             patches,
             batch: VisionBatch::new(device, patches),

@@ -101,7 +101,7 @@ impl Room {
         }
         // What was held is free by now.
         model.device().check_room(plan.bytes(c, vision, size), "activations of a batch", MAKE_ROOM)?;
-        let dhidden = model.device().alloc(DType::F32, size.rows * c.hidden_size);
+        let dhidden = model.device().alloc(model.device().float(), size.rows * c.hidden_size);
         Ok(Room { plan, size, acts: Activations::with_room(model, plan, size), dhidden })
     }
 }

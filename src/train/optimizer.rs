@@ -2,21 +2,17 @@
 
 use super::config::Optim;
 use crate::device::{Buffer, DType, Device, Stream};
-use crate::model::{Layout, ParamStore, Segment};
+use crate::model::{ParamStore, Segment};
 use crate::ops::adamw::{self, AdamW};
-use crate::ops::linear::{self, PANEL};
 use crate::{Error, Result};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::ops::Range;
 use std::path::Path;
 
 /// So many skipped updates in a row are not bad luck.
 const SKIPS_ALLOWED: u64 = 10;
-/// Elements of a stripe that is moved between the device and a file.
-const STRIPE: usize = 1 << 20;
 
 /// The moments of AdamW, mirroring the trainable front of the parameters.
 pub struct Optimizer {
@@ -124,17 +120,8 @@ impl Optimizer {
         out.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
         out.write_all(header.as_bytes()).map_err(failed)?;
         for (_, g, flat) in self.tensors(params) {
-            for (rows, place) in stripes(g) {
-                let stored = s.read::<f32>(&flat.view(place.start, place.len())).wait()?;
-                let values = match g.layout {
-                    Layout::Plain => stored,
-                    Layout::Packed => {
-                        let mut values = vec![0.0; rows.len() * g.k];
-                        linear::unpack(&stored, rows.len(), g.k, &mut values);
-                        values
-                    }
-                };
-                out.write_all(bytemuck::cast_slice(&values)).map_err(failed)?;
+            for rows in g.stripes() {
+                out.write_all(bytemuck::cast_slice(&g.read(s, flat, rows)?)).map_err(failed)?;
             }
         }
         out.into_inner().map_err(|e| failed(e.into_error()))?.sync_all().map_err(failed)
@@ -167,18 +154,9 @@ impl Optimizer {
                 let shape = tensor.shape();
                 return Err(bad(format!("{name:?} is {:?} {shape:?}, not F32 [{}, {}]", tensor.dtype(), g.n, g.k)));
             }
-            for (rows, place) in stripes(g) {
+            for rows in g.stripes() {
                 let bytes = &tensor.data()[rows.start * g.k * 4..rows.end * g.k * 4];
-                let values: Vec<f32> = bytemuck::pod_collect_to_vec(bytes);
-                let to = flat.view(place.start, place.len());
-                match g.layout {
-                    Layout::Plain => s.write(&to, &values),
-                    Layout::Packed => {
-                        let mut packed = vec![0.0; place.len()];
-                        linear::pack(&values, rows.len(), g.k, &mut packed);
-                        s.write(&to, &packed);
-                    }
-                }
+                g.write(s, flat, rows, &bytemuck::pod_collect_to_vec::<u8, f32>(bytes));
             }
         }
         s.synchronize()?;
@@ -195,23 +173,6 @@ impl Optimizer {
     }
 }
 
-/// A segment in stripes of rows: the rows, and where they lie in the flat buffer.
-fn stripes(g: &Segment) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-    let rows = match g.layout {
-        Layout::Plain => (STRIPE / g.k).max(1),
-        Layout::Packed => (STRIPE / g.k / PANEL).max(1) * PANEL,
-    };
-    (0..g.n).step_by(rows).map(move |first| {
-        let rows = first..g.n.min(first + rows);
-        let start = g.offset + first * g.k;
-        let stored = match g.layout {
-            Layout::Plain => rows.len() * g.k,
-            Layout::Packed => linear::packed_len(rows.len(), g.k),
-        };
-        (rows, start..start + stored)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -225,17 +186,15 @@ mod tests {
     /// Gradients for every real element (padded lanes stay zero), all `scale` times a fixed pattern.
     fn grads(m: &Model, d: &Device, scale: f32) -> Buffer {
         let p = &m.params;
-        let mut flat = vec![0.0; p.trainable().len()];
+        let (s, flat) = (d.stream(), p.mirror(d));
         for g in p.segments().iter().filter(|g| g.trainable) {
-            for (rows, place) in stripes(g) {
+            for rows in g.stripes() {
                 let v: Vec<f32> = (0..rows.len() * g.k).map(|i| scale * ((i * 37 % 101) as f32 / 50.0 - 1.0)).collect();
-                match g.layout {
-                    Layout::Plain => flat[place].copy_from_slice(&v),
-                    Layout::Packed => linear::pack(&v, rows.len(), g.k, &mut flat[place]),
-                }
+                g.write(&s, &flat, rows, &v);
             }
         }
-        d.upload(&flat)
+        s.synchronize().unwrap();
+        flat
     }
 
     fn read(s: &Stream, b: &Buffer) -> Vec<f32> {

@@ -12,7 +12,7 @@ use crate::ops::{gelu, kv_cache, linear, patch_embed, rms_norm, rows};
 use crate::{Error, Result};
 
 /// Submits the backward pass of the batch that `acts` holds the forward pass of: `dhidden` is the loss's gradient for the
-/// hidden states, f32 `[rows, hidden]`. Adds to `grads`, so that micro-batches accumulate; the head's own gradient is the
+/// hidden states, `[rows, hidden]`. Adds to `grads`, so that micro-batches accumulate; the head's own gradient is the
 /// loss's business ([`GradStore::head`]).
 ///
 /// # Errors

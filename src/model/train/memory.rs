@@ -1,7 +1,7 @@
 //! What training keeps: activations of every layer, or of as many as a budget allows; the rest is computed a second time,
 //! by the same launches on the same inputs, so with the same bits.
 
-use crate::device::{Buffer, DType, Device, Stream};
+use crate::device::{Buffer, Device, Stream};
 use crate::model::layer::{LayerActs, LayerGrads, LayerShape};
 use crate::model::vision::GROUP;
 use crate::model::{Config, Model, ParamStore, TextParams, VisionParams};
@@ -131,7 +131,7 @@ pub(super) struct TowerGrads {
 
 impl Tower {
     pub fn new(device: &Device, shape: &LayerShape, layers: usize, kept: usize, rows: usize) -> Tower {
-        let stream = || device.alloc(DType::F32, rows * shape.hidden);
+        let stream = || device.alloc(device.float(), rows * shape.hidden);
         Tower {
             inputs: (0..=layers).map(|_| stream()).collect(),
             kept: (0..kept.min(layers)).map(|_| LayerActs::new(device, shape, rows)).collect(),
@@ -142,7 +142,7 @@ impl Tower {
 
     /// For a forward pass alone: everything in place.
     pub fn forward_only(device: &Device, shape: &LayerShape, layers: usize, rows: usize) -> Tower {
-        let x = device.alloc(DType::F32, rows * shape.hidden);
+        let x = device.alloc(device.float(), rows * shape.hidden);
         let shared = LayerActs::in_place(device, shape, rows, &x);
         Tower { inputs: vec![x; layers + 1], kept: Vec::new(), shared, backward: None }
     }

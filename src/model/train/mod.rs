@@ -22,7 +22,7 @@ use super::layer::Rope;
 use super::vision::{self, MergerActs, VisionBatch};
 use super::{Model, VisionWorkspace, decoder};
 use crate::Result;
-use crate::device::{Buffer, DType, Stream};
+use crate::device::{Buffer, Stream};
 use crate::ops::kv_cache::KvCache;
 use crate::ops::rms_norm;
 use memory::Tower;
@@ -100,8 +100,8 @@ impl Activations {
             rope: Rope::new(d, rows, shape.head_dim),
             cache: cache(),
             dcache: plan.map(|_| cache()),
-            hidden: d.alloc(DType::F32, rows * c.hidden_size),
-            vision_out: d.alloc(DType::F32, patches / vision::GROUP * c.hidden_size),
+            hidden: d.alloc(d.float(), rows * c.hidden_size),
+            vision_out: d.alloc(d.float(), patches / vision::GROUP * c.hidden_size),
             vision,
         }
     }
@@ -113,13 +113,13 @@ impl Activations {
         }
     }
 
-    /// f32 `[rows, hidden]`: what decoder layer `i` was given by the last forward pass; `i` = number of layers: the last
+    /// `[rows, hidden]`: what decoder layer `i` was given by the last forward pass; `i` = number of layers: the last
     /// one's output, before the final norm. For comparing with other implementations.
     pub fn text_input(&self, i: usize) -> &Buffer {
         &self.text.inputs[i]
     }
 
-    /// The same for the blocks of the vision tower, f32 `[patches, hidden]` in window order; `None` if it is frozen.
+    /// The same for the blocks of the vision tower, `[patches, hidden]` in window order; `None` if it is frozen.
     pub fn vision_input(&self, i: usize) -> Option<&Buffer> {
         match &self.vision {
             VisionPass::Trained(v) => v.tower.inputs.get(i),
@@ -127,13 +127,13 @@ impl Activations {
         }
     }
 
-    /// f32 `[image tokens, hidden]`: the vision tower's output of the last forward pass, image after image.
+    /// `[image tokens, hidden]`: the vision tower's output of the last forward pass, image after image.
     pub fn vision_out(&self) -> &Buffer {
         &self.vision_out
     }
 }
 
-/// Submits the forward pass of `batch`: hidden states after the final norm, f32 `[rows, hidden]`, valid until the next pass
+/// Submits the forward pass of `batch`: hidden states after the final norm, `[rows, hidden]`, valid until the next pass
 /// with these activations. Rows are found with [`TrainBatch::completion_row`].
 pub fn forward(model: &Model, s: &Stream, batch: &TrainBatch, acts: &mut Activations) -> Result<Buffer> {
     acts.reserve(model, batch);
