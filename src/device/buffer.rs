@@ -1,3 +1,4 @@
+use super::cuda::Cuda;
 use super::emulated;
 use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
@@ -7,7 +8,7 @@ use std::sync::{
 };
 
 /// The type of a buffer's elements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)] // the names say it
 pub enum DType {
     F32,
@@ -47,6 +48,8 @@ enum Place {
     Host(Layout),
     /// The emulated GPU's.
     Emulated,
+    /// A card's; the pointer is an address there.
+    Cuda(Arc<Cuda>),
     /// Nobody's: what a GPU without room for it gives. It has failed then, and nothing touches its buffers any more.
     Nowhere,
 }
@@ -66,10 +69,11 @@ unsafe impl Sync for Storage {}
 impl Drop for Storage {
     fn drop(&mut self) {
         self.gauge.fetch_sub(self.bytes, Ordering::Relaxed);
-        match self.place {
+        match &self.place {
             // SAFETY: allocated with this layout in `Buffer::new`.
-            Place::Host(layout) => unsafe { dealloc(self.ptr.as_ptr(), layout) },
+            Place::Host(layout) => unsafe { dealloc(self.ptr.as_ptr(), *layout) },
             Place::Emulated => emulated::release(self.ptr),
+            Place::Cuda(card) => card.release(self.ptr.as_ptr() as u64),
             Place::Nowhere => {}
         }
     }
@@ -129,6 +133,15 @@ impl Buffer {
         Some(Buffer { storage: Arc::new(storage), offset: 0, len, dtype })
     }
 
+    /// `len` elements of a card's memory, holding anything; `None` when there is not so much.
+    pub(super) fn cuda(card: &Arc<Cuda>, dtype: DType, len: usize, gauge: Arc<AtomicUsize>) -> Option<Buffer> {
+        let bytes = len.checked_mul(dtype.size())?;
+        let ptr = NonNull::new(card.allocate(bytes)? as *mut u8)?;
+        let storage = Storage { ptr, bytes, place: Place::Cuda(card.clone()), gauge };
+        storage.gauge.fetch_add(bytes, Ordering::Relaxed);
+        Some(Buffer { storage: Arc::new(storage), offset: 0, len, dtype })
+    }
+
     /// A buffer without memory.
     pub(super) fn nowhere(dtype: DType, len: usize, gauge: Arc<AtomicUsize>) -> Buffer {
         let storage = Storage { ptr: NonNull::dangling(), bytes: 0, place: Place::Nowhere, gauge };
@@ -169,6 +182,11 @@ impl Buffer {
         let ends = |b: &Buffer| (b.offset * b.dtype.size(), (b.offset + b.len) * b.dtype.size());
         let ((start, end), (other_start, other_end)) = (ends(self), ends(other));
         Arc::ptr_eq(&self.storage, &other.storage) && start.max(other_start) < end.min(other_end)
+    }
+
+    /// Bytes of all elements.
+    pub(super) fn bytes(&self) -> usize {
+        self.len * self.dtype.size()
     }
 
     /// The device's address of the first element.

@@ -3,6 +3,7 @@
 //! A GPU keeps the first failure of a launch, of whatever stream: what is submitted after it does nothing, and every
 //! wait returns it. So ops can launch without asking, and no result is ever read that a failed launch should have made.
 
+use super::cuda::{self, Cuda};
 use super::emulated::Emulator;
 use super::{Buffer, DType, Element};
 use crate::{Error, Result};
@@ -34,11 +35,16 @@ impl Launch {
     }
 }
 
-/// A tensor of 16-bit elements, rows without gaps, and the box of it that one copy of the tensor memory accelerator moves.
-/// Stands for `CUtensorMap`; `kernels/emulator/tensor_map.h` has the same fields.
-#[repr(C, align(64))]
-#[derive(Clone, Copy, Debug, bytemuck::Zeroable)]
-pub struct TensorMap {
+/// A tensor of bf16 elements, rows without gaps, and the box of it that one copy of the tensor memory accelerator moves: a
+/// `CUtensorMap`, or the fields of the emulator's (`kernels/emulator/tensor_map.h`).
+#[repr(C, align(128))]
+#[derive(Clone, Copy, Debug)]
+pub struct TensorMap([u64; 16]);
+
+/// The emulator's.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct EmulatedMap {
     base: u64,
     size: [u64; 3],
     stride: [u64; 2],
@@ -49,19 +55,24 @@ pub struct TensorMap {
 }
 
 impl TensorMap {
-    /// `size` and `region` (the box) in elements, the innermost dimension first, two or three of them; `swizzle` in bytes.
+    /// What the CUDA driver has encoded.
+    pub(super) fn opaque(words: [u64; 16]) -> TensorMap {
+        TensorMap(words)
+    }
+
+    /// One for the emulator. `size` and `region` (the box) in elements, the innermost dimension first, two or three of them; `swizzle` in bytes.
     ///
     /// # Errors
     /// [`Error::Internal`] when the memory is no such tensor. What the hardware refuses besides is an error of the launch.
     pub fn new(memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> Result<TensorMap> {
         let n = size.iter().try_fold(1usize, |n, &s| n.checked_mul(s));
-        let fits = memory.dtype().size() == 2 && n.is_some_and(|n| n <= memory.len());
+        let fits = memory.dtype() == DType::BF16 && n.is_some_and(|n| n <= memory.len());
         if !fits || !(2..=3).contains(&size.len()) || region.len() != size.len() {
             return Err(Error::internal(format!("boxes of {region:?} in a tensor of {size:?} in {memory:?}")));
         }
         let at = |i: usize| size.get(i).map_or(1, |&s| s as u64);
         let side = |i: usize| region.get(i).copied().unwrap_or(1);
-        Ok(TensorMap {
+        Ok(TensorMap(bytemuck::cast(EmulatedMap {
             base: memory.address() as u64,
             size: [at(0), at(1), at(2)],
             stride: [at(0) * 2, at(0) * at(1) * 2],
@@ -69,7 +80,7 @@ impl TensorMap {
             rank: size.len() as u32,
             swizzle,
             reserved: [0; 15],
-        })
+        })))
     }
 }
 
@@ -93,6 +104,18 @@ pub enum Arg<'a> {
 }
 
 impl<'a> Arg<'a> {
+    /// The bytes of an argument of at most eight, from the lowest on.
+    pub(super) fn scalar(&self) -> u64 {
+        match *self {
+            Arg::Buffer(b) => b.address() as u64,
+            Arg::Null(_) | Arg::TensorMap(_) => 0,
+            Arg::I32(v) => u64::from(v as u32),
+            Arg::U32(v) => u64::from(v),
+            Arg::U64(v) => v,
+            Arg::F32(v) => u64::from(v.to_bits()),
+        }
+    }
+
     /// A pointer to the buffer's first element, or null where there is none.
     pub fn maybe(buffer: Option<&'a Buffer>, dtype: DType) -> Arg<'a> {
         buffer.map_or(Arg::Null(dtype), Arg::Buffer)
@@ -104,15 +127,21 @@ impl<'a> Arg<'a> {
     }
 }
 
+/// What runs the kernels.
+pub(super) enum Driver {
+    Cuda(Arc<Cuda>),
+    Emulated(Emulator),
+}
+
 /// What all streams of a GPU share.
 pub(super) struct Card {
-    pub driver: Emulator,
+    pub driver: Driver,
     failure: Mutex<Option<String>>,
     gauge: Arc<AtomicUsize>,
 }
 
 impl Card {
-    pub fn new(driver: Emulator, gauge: Arc<AtomicUsize>) -> Card {
+    pub fn new(driver: Driver, gauge: Arc<AtomicUsize>) -> Card {
         Card { driver, failure: Mutex::default(), gauge }
     }
 
@@ -124,29 +153,55 @@ impl Card {
         }
     }
 
-    fn keep(&self, result: Result<()>) {
-        if let Err(e) = result {
-            let what = match e {
-                Error::Internal(what) => what,
-                e => e.to_string(),
-            };
-            self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
+    /// Runs `work` unless something has failed, and keeps its failure.
+    fn run<T>(&self, work: impl FnOnce(&Driver) -> Result<T>) -> Option<T> {
+        self.check().ok()?;
+        work(&self.driver).map_err(|e| self.keep(e)).ok()
+    }
+
+    fn keep(&self, e: Error) {
+        let what = match e {
+            Error::Internal(what) => what,
+            e => e.to_string(),
+        };
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
+    }
+
+    /// Memory holding anything (on the emulated GPU every byte is 0xFF). Where there is not enough, a buffer of nothing stands
+    /// for it, the failure is kept, and so nothing that would touch it runs.
+    pub fn alloc(&self, dtype: DType, len: usize) -> Buffer {
+        let made = match &self.driver {
+            Driver::Cuda(cuda) => Buffer::cuda(cuda, dtype, len, self.gauge.clone()),
+            Driver::Emulated(_) => Buffer::emulated(dtype, len, self.gauge.clone()),
+        };
+        made.unwrap_or_else(|| {
+            self.keep(Error::internal(format!("the GPU has no memory for {len} elements of {dtype:?}")));
+            Buffer::nowhere(dtype, len, self.gauge.clone())
+        })
+    }
+
+    /// The architecture that kernels are chosen for.
+    pub fn sm(&self) -> u32 {
+        match &self.driver {
+            Driver::Cuda(cuda) => cuda.sm(),
+            Driver::Emulated(emulator) => emulator.sm(),
         }
     }
 
-    /// Memory with every byte 0xFF. Where there is not enough, a buffer of nothing stands for it, the failure is kept, and so
-    /// nothing that would touch it runs.
-    pub fn alloc(&self, dtype: DType, len: usize) -> Buffer {
-        Buffer::emulated(dtype, len, self.gauge.clone()).unwrap_or_else(|| {
-            self.keep(Err(Error::internal(format!("the GPU has no memory for {len} elements of {dtype:?}"))));
-            Buffer::nowhere(dtype, len, self.gauge.clone())
-        })
+    /// Bytes of its memory that are free, as far as it tells.
+    pub fn free_bytes(&self) -> Option<u64> {
+        match &self.driver {
+            Driver::Cuda(cuda) => cuda.free_bytes(),
+            Driver::Emulated(_) => None,
+        }
     }
 }
 
 /// A stream of a GPU, as ops launch on it. Work runs in the order of submission.
 pub struct Gpu {
     card: Arc<Card>,
+    /// `None` on the emulated GPU, where everything runs at submission, and where making it failed, which is kept.
+    queue: Option<Arc<cuda::Queue>>,
     workspace: Mutex<Option<Buffer>>,
     launches: AtomicUsize,
 }
@@ -156,25 +211,59 @@ const PART_ALIGN: usize = 256;
 
 impl Gpu {
     pub(super) fn new(card: Arc<Card>) -> Gpu {
-        Gpu { card, workspace: Mutex::default(), launches: AtomicUsize::new(0) }
+        let queue = card.run(|driver| match driver {
+            Driver::Cuda(cuda) => cuda::Queue::new(cuda.clone()).map(|q| Some(Arc::new(q))),
+            Driver::Emulated(_) => Ok(None),
+        });
+        Gpu { card, queue: queue.flatten(), workspace: Mutex::default(), launches: AtomicUsize::new(0) }
+    }
+
+    /// Submits work, unless something has failed: `cuda` to the card's queue, or `emulated`.
+    fn submit<T>(
+        &self,
+        cuda: impl FnOnce(&Arc<cuda::Queue>, &Cuda) -> Result<T>,
+        emulated: impl FnOnce(&Emulator) -> Result<T>,
+    ) -> Option<T> {
+        self.card.run(|driver| match (driver, &self.queue) {
+            (Driver::Cuda(card), Some(queue)) => cuda(queue, card),
+            (Driver::Cuda(_), None) => Err(Error::internal("a stream that could not be made")),
+            (Driver::Emulated(emulator), _) => emulated(emulator),
+        })
     }
 
     /// Submits a launch of the kernel of that name. A failure surfaces at the next wait.
     pub fn launch(&self, kernel: &str, shape: Launch, args: &[Arg<'_>]) {
-        if self.card.check().is_ok() {
-            // Each launch has its own order of warps; together they follow from the device's seed.
-            let number = self.launches.fetch_add(1, Ordering::Relaxed) as u64;
-            let seed = self.card.driver.seed().wrapping_add(number);
-            self.card.keep(self.card.driver.with_seed(seed).launch(kernel, shape, args));
-        }
+        self.submit(
+            |queue, _| queue.launch(kernel, shape, args),
+            |emulator| {
+                // Each launch has its own order of warps; together they follow from the device's seed.
+                let number = self.launches.fetch_add(1, Ordering::Relaxed) as u64;
+                emulator.with_seed(emulator.seed().wrapping_add(number)).launch(kernel, shape, args)
+            },
+        );
+    }
+
+    /// Boxes of a bf16 tensor for [`Arg::TensorMap`]; sizes as [`TensorMap::new`]. A failure surfaces at the next wait.
+    pub fn tensor_map(&self, memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> TensorMap {
+        let made = self.submit(
+            |_, card| card.tensor_map(memory, size, region, swizzle),
+            |_| TensorMap::new(memory, size, region, swizzle),
+        );
+        made.unwrap_or(TensorMap([0; 16]))
     }
 
     /// Submits `c = op(a) b`, or `+=` where it accumulates: `a` bf16 `[m, k]`, or `[k, m]` where it is transposed, `b` bf16
     /// `[k, n]`, `c` f32 or bf16 `[m, n]`, all row-major. For gradients: the order of additions is fixed, but not the one of
     /// [`linear::forward`](crate::ops::linear::forward).
     pub fn matmul(&self, a: &Buffer, transposed: bool, b: &Buffer, c: &Buffer, shape: [usize; 3], accumulate: bool) {
-        if self.card.check().is_ok() {
-            self.card.keep(self.card.driver.matmul(a, transposed, b, c, shape, accumulate));
+        let [m, n, k] = shape;
+        let fits = a.len() >= m * k && b.len() >= k * n && c.len() >= m * n;
+        assert!(fits, "a product [{m}, {n}, {k}] of {a:?} and {b:?} in {c:?}");
+        if m * n * k > 0 {
+            self.submit(
+                |queue, card| card.matmul(queue, a, transposed, b, c, shape, accumulate),
+                |emulator| emulator.matmul(a, transposed, b, c, shape, accumulate),
+            );
         }
     }
 
@@ -190,7 +279,9 @@ impl Gpu {
         }
         let whole = workspace.get_or_insert_with(|| self.card.alloc(DType::U8, 0)).clone();
         drop(workspace);
-        self.fill(&whole, 0xFF);
+        if self.queue.is_none() {
+            self.fill(&whole, 0xFF);
+        }
         let mut start = 0;
         let mut next = bytes.into_iter();
         parts.map(|(dtype, len)| {
@@ -202,50 +293,72 @@ impl Gpu {
 
     /// Keeps the failure of an op that has no kernel yet.
     pub(crate) fn missing(&self, op: &str) {
-        self.card.keep(Err(Error::internal(format!("{op} does not run on a GPU yet"))));
+        self.card.keep(Error::internal(format!("{op} does not run on a GPU yet")));
     }
 
     /// Streaming multiprocessors: how many blocks a persistent grid has. No result may depend on it.
     pub fn multiprocessors(&self) -> usize {
-        self.card.driver.multiprocessors()
+        match &self.card.driver {
+            Driver::Cuda(cuda) => cuda.info.multiprocessors,
+            Driver::Emulated(emulator) => emulator.multiprocessors(),
+        }
     }
 
     /// The architecture that kernels are chosen for: 80 (`mma.sync`, `cp.async`) or 90 (also `wgmma`, TMA).
     pub fn sm(&self) -> u32 {
-        self.card.driver.sm()
-    }
-
-    pub(super) fn card(&self) -> &Card {
-        &self.card
+        self.card.sm()
     }
 
     pub(super) fn write<T: Element>(&self, to: &Buffer, data: &[T]) {
         assert_eq!(T::DTYPE, to.dtype(), "a buffer written as another type");
-        if self.card.check().is_ok() {
-            self.card.driver.upload(bytemuck::cast_slice(data), to);
-        }
+        let data = bytemuck::cast_slice(data);
+        self.submit(|queue, _| queue.write(to, data), |emulator| emulator.upload(data, to));
     }
 
-    pub(super) fn read<T: Element>(&self, from: &Buffer) -> Vec<T> {
+    pub(super) fn read<T: Element>(&self, from: &Buffer) -> Coming<T> {
         assert_eq!(T::DTYPE, from.dtype(), "a buffer read as another type");
-        let mut values = vec![T::zeroed(); if self.card.check().is_ok() { from.len() } else { 0 }];
-        if !values.is_empty() {
-            self.card.driver.download(from, bytemuck::cast_slice_mut(&mut values));
-        }
-        values
+        let coming = self.submit(
+            |queue, _| queue.read(from).map(Coming::Staged),
+            |emulator| {
+                let mut values = vec![T::zeroed(); from.len()];
+                emulator.download(from, bytemuck::cast_slice_mut(&mut values))?;
+                Ok(Coming::Here(values))
+            },
+        );
+        coming.unwrap_or(Coming::Here(Vec::new()))
     }
 
     pub(super) fn copy(&self, from: &Buffer, to: &Buffer) {
-        if self.card.check().is_ok() {
-            self.card.driver.copy(from, to);
-        }
+        self.submit(|queue, _| queue.copy(from, to), |emulator| emulator.copy(from, to));
     }
 
     pub(super) fn fill(&self, b: &Buffer, byte: u8) {
-        if self.card.check().is_ok() {
-            self.card.driver.fill(b, byte);
-        }
+        self.submit(|queue, _| queue.fill(b, byte), |emulator| emulator.fill(b, byte));
     }
+
+    /// Waits for all that was submitted.
+    pub(super) fn synchronize(&self) -> Result<()> {
+        self.submit(|queue, _| queue.synchronize(), |_| Ok(()));
+        self.card.check()
+    }
+
+    /// Waits for values.
+    pub(super) fn wait<T: Element>(&self, coming: Coming<T>) -> Result<Vec<T>> {
+        let values = match coming {
+            Coming::Here(values) => Some(values),
+            Coming::Staged(staged) => self.card.run(|_| staged.wait()),
+        };
+        self.card.check()?;
+        values.ok_or_else(|| Error::internal("values that did not come"))
+    }
+}
+
+/// Values that a GPU gives back.
+pub(super) enum Coming<T> {
+    /// Given already.
+    Here(Vec<T>),
+    /// On their way.
+    Staged(cuda::Staged),
 }
 
 #[cfg(all(test, emulator))]

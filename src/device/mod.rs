@@ -9,6 +9,7 @@
 //! Ops match on [`Stream::backend`] and launch for the backend they find; nothing above `ops` does.
 
 mod buffer;
+mod cuda;
 #[doc(hidden)] // for the emulator's own tests
 pub mod emulated;
 mod gpu;
@@ -17,13 +18,15 @@ mod pool;
 mod stream;
 
 pub use buffer::{Buffer, DType, Element};
+pub use cuda::{CardInfo, has_kernels};
 pub use gpu::{Arg, Gpu, Launch, TensorMap};
 pub use pool::{Pool, SendPtr};
 pub use stream::{Event, Pending, Stream};
 
 use crate::{Error, Result};
+use cuda::Cuda;
 use emulated::Emulator;
-use gpu::Card;
+use gpu::{Card, Driver};
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},
@@ -75,6 +78,27 @@ impl Device {
         Device { inner: Arc::new(Inner { kind, allocated: Arc::default() }) }
     }
 
+    /// NVIDIA's card number `ordinal`, as the driver counts them (`CUDA_VISIBLE_DEVICES`).
+    ///
+    /// # Errors
+    /// [`Error::Limit`] that says what is missing: kernels in this program, a driver, a card, a newer driver or card.
+    pub fn cuda(ordinal: usize) -> Result<Device> {
+        let allocated = Arc::<AtomicUsize>::default();
+        let card = Card::new(Driver::Cuda(Arc::new(Cuda::open(ordinal)?)), allocated.clone());
+        Ok(Device { inner: Arc::new(Inner { kind: Kind::Gpu(Arc::new(card)), allocated }) })
+    }
+
+    /// What the driver says of the card, where this is one.
+    pub fn card(&self) -> Option<&CardInfo> {
+        match &self.inner.kind {
+            Kind::Gpu(card) => match &card.driver {
+                Driver::Cuda(cuda) => Some(&cuda.info),
+                Driver::Emulated(_) => None,
+            },
+            Kind::Cpu { .. } => None,
+        }
+    }
+
     /// A GPU with the instructions of sm_90 that is not there: the CUDA kernels, compiled for the host, under the emulator's checks
     /// (races, deadlocks, bounds, unfinished copies). Warps run in an order that `seed` gives. Slow: for tests.
     ///
@@ -93,7 +117,7 @@ impl Device {
             return Err(Error::input(format!("there are no kernels for sm_{sm}"), "use 80 or 90"));
         }
         let allocated = Arc::<AtomicUsize>::default();
-        let card = Card::new(Emulator::new(seed)?.with_sm(sm), allocated.clone());
+        let card = Card::new(Driver::Emulated(Emulator::new(seed)?.with_sm(sm)), allocated.clone());
         Ok(Device { inner: Arc::new(Inner { kind: Kind::Gpu(Arc::new(card)), allocated }) })
     }
 
@@ -138,9 +162,7 @@ impl Device {
             Kind::Cpu { .. } => Buffer::new(dtype, len, self.inner.allocated.clone()),
             Kind::Gpu(card) => {
                 let b = card.alloc(dtype, len);
-                if card.check().is_ok() {
-                    card.driver.fill(&b, 0);
-                }
+                Gpu::new(card.clone()).fill(&b, 0);
                 b
             }
         }
@@ -157,9 +179,7 @@ impl Device {
             }
             Kind::Gpu(card) => {
                 let b = card.alloc(T::DTYPE, data.len());
-                if card.check().is_ok() {
-                    card.driver.upload(bytemuck::cast_slice(data), &b);
-                }
+                Gpu::new(card.clone()).write(&b, data);
                 b
             }
         }
@@ -170,8 +190,14 @@ impl Device {
         self.inner.allocated.load(Ordering::Relaxed)
     }
 
-    /// Bytes that could still be allocated, as far as the system tells: its free memory and the limit of the control group.
+    /// Bytes that could still be allocated, as far as the card or the system tells: its free memory and the limit of the
+    /// control group.
     pub fn available_bytes(&self) -> Option<u64> {
+        if let Kind::Gpu(card) = &self.inner.kind
+            && let Some(free) = card.free_bytes()
+        {
+            return Some(free);
+        }
         let info = std::fs::read_to_string("/proc/meminfo").ok()?;
         let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
         let free = line.split_whitespace().next()?.parse::<u64>().ok()? << 10;
@@ -230,7 +256,10 @@ impl std::fmt::Debug for Device {
         match &self.inner.kind {
             Kind::Cpu { pool, deferred: true } => write!(f, "cpu({} threads, deferred)", pool.threads()),
             Kind::Cpu { pool, .. } => write!(f, "cpu({} threads)", pool.threads()),
-            Kind::Gpu(card) => write!(f, "emulated(sm_{})", card.driver.sm()),
+            Kind::Gpu(card) => match &card.driver {
+                Driver::Cuda(cuda) => write!(f, "cuda({})", cuda.info.name),
+                Driver::Emulated(emulator) => write!(f, "emulated(sm_{})", emulator.sm()),
+            },
         }
     }
 }

@@ -1,3 +1,4 @@
+use super::gpu::Coming;
 use super::{Backend, Buffer, DType, Device, Element, Gpu, Kind, Pool};
 use crate::{Error, Result};
 use half::bf16;
@@ -118,13 +119,13 @@ impl Stream {
     /// Submits a read of `b`; the values come with [`Pending::wait`].
     pub fn read<T: Element>(&self, b: &Buffer) -> Pending<T> {
         if let Queue::Gpu(gpu) = &*self.queue {
-            return Pending { slot: Arc::new(Mutex::new(gpu.read(b))), event: self.record() };
+            return Pending { coming: Values::Gpu(gpu.read(b)), event: self.record() };
         }
         let slot: Arc<Mutex<Vec<T>>> = Arc::default();
         let (to, b) = (slot.clone(), b.clone());
         // SAFETY: launches of one stream run one after the other.
         self.launch(move |_| *to.lock().unwrap_or_else(|e| e.into_inner()) = unsafe { b.get::<T>() }.to_vec());
-        Pending { slot, event: self.record() }
+        Pending { coming: Values::Host(slot), event: self.record() }
     }
 
     /// Submits a copy of `values` into the front of `to`, which holds f32 or bf16: rounded to nearest where it holds bf16.
@@ -183,7 +184,7 @@ impl Event {
     pub fn wait(&self) -> Result<()> {
         let (q, pool) = match &*self.stream.queue {
             Queue::Immediate(..) => return Ok(()),
-            Queue::Gpu(gpu) => return gpu.card().check(),
+            Queue::Gpu(gpu) => return gpu.synchronize(),
             Queue::Deferred(q, pool) => (q, pool),
         };
         let mut q = q.lock().map_err(|_| Error::internal("a launch panicked on this stream"))?;
@@ -199,15 +200,27 @@ impl Event {
 /// Values that are on their way from the device.
 #[must_use = "the values come with wait()"]
 pub struct Pending<T> {
-    slot: Arc<Mutex<Vec<T>>>,
+    coming: Values<T>,
     event: Event,
 }
 
-impl<T> Pending<T> {
-    /// Waits for the values.
+enum Values<T> {
+    Host(Arc<Mutex<Vec<T>>>),
+    Gpu(Coming<T>),
+}
+
+impl<T: Element> Pending<T> {
+    /// Waits for the values. Errors of the device surface here.
     pub fn wait(self) -> Result<Vec<T>> {
-        self.event.wait()?;
-        Ok(std::mem::take(&mut *self.slot.lock().unwrap_or_else(|e| e.into_inner())))
+        match (self.coming, &*self.event.stream.queue) {
+            // Not for what was submitted after them.
+            (Values::Gpu(coming), Queue::Gpu(gpu)) => gpu.wait(coming),
+            (Values::Host(slot), _) => {
+                self.event.wait()?;
+                Ok(std::mem::take(&mut *slot.lock().unwrap_or_else(|e| e.into_inner())))
+            }
+            (Values::Gpu(_), _) => Err(Error::internal("values of a GPU on a stream of the host")),
+        }
     }
 }
 
