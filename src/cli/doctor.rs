@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Check this machine: cores, SIMD, memory, disk, kernels, the Python environment
+/// Check this machine: cores, SIMD, memory, GPU, disk, kernels, the Python environment
 #[derive(clap::Args)]
 #[command(
     after_help = "Example:\n  varft doctor --dir runs\n\nEach line begins with ok, warn or fail; a line that does not say ok says what to do."
@@ -50,6 +50,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     show("cores", cores(&device));
     show("simd", simd());
     show("memory", memory(&device));
+    show("gpu", gpu());
     show("disk", disk(&args.dir));
     show("kernels", kernels(&device));
     show("python", python(args.install));
@@ -102,6 +103,27 @@ fn memory(device: &Device) -> Finding {
 
 fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
+}
+
+/// The first card; a machine without one is not a lesser one.
+fn gpu() -> Finding {
+    match Device::cuda(0) {
+        Ok(device) => match device.card() {
+            Some(c) => Fine(format!(
+                "{}, compute capability {}.{}, {:.1} of {:.1} GiB free, driver for CUDA {}.{}",
+                c.name,
+                c.capability / 10,
+                c.capability % 10,
+                gib(c.memory.0),
+                gib(c.memory.1),
+                c.driver / 1000,
+                c.driver % 1000 / 10
+            )),
+            None => Fine("none".into()),
+        },
+        // The first line says what; what to do is for those who want one.
+        Err(e) => Fine(format!("none: {}", e.to_string().lines().next().unwrap_or_default())),
+    }
 }
 
 /// Free space where runs will lie: at the folder, or the nearest one above it that exists. A file is written there to see.
