@@ -152,6 +152,37 @@ mod tests {
         assert_eq!(steps(dir.path()), [0, 1, 2, 3, 4]);
     }
 
+    /// What goes on after a resume must not alter what was there: lines are read and written again.
+    #[test]
+    fn opening_the_log_again_changes_no_digit_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = MetricsLog::open(dir.path(), 0, false).unwrap();
+        let mut bits = 1u64;
+        let mut figures = Vec::new();
+        while figures.len() < 4000 {
+            bits = bits.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let anything = f64::from_bits(bits);
+            // Every magnitude that a double has, and those that figures have.
+            figures.extend([(bits >> 11) as f64 * 2f64.powi(-53), anything].into_iter().filter(|x| x.is_finite()));
+        }
+        for (step, values) in figures.chunks(20).enumerate() {
+            let names: Vec<String> = (0..values.len()).map(|i| format!("figure/{i}")).collect();
+            let values: Vec<(&str, f64)> = names.iter().map(String::as_str).zip(values.iter().copied()).collect();
+            log.log(step as u64, &values).unwrap();
+        }
+        let written = std::fs::read(dir.path().join("metrics.jsonl")).unwrap();
+        let read: Vec<f64> =
+            read_metrics(dir.path()).unwrap().iter().flat_map(|r| r.values.iter().map(|v| v.1)).collect();
+        let altered = read.iter().zip(&figures).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+        assert!(
+            read.len() == figures.len() && altered == 0,
+            "{altered} of {} figures read back altered",
+            figures.len()
+        );
+        drop(MetricsLog::open(dir.path(), u64::MAX, false).unwrap());
+        assert!(std::fs::read(dir.path().join("metrics.jsonl")).unwrap() == written);
+    }
+
     #[test]
     fn a_spoilt_line_is_named() {
         let dir = tempfile::tempdir().unwrap();
