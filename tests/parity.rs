@@ -19,13 +19,18 @@ use varft::model::{
 use varft::ops::embedding::NO_TOKEN;
 use varft::ops::kv_cache::BLOCK;
 use varft::ops::linear::{self, Epilogue};
-use varft::ops::patch_embed::{self, Geometry, Normalize};
+use varft::ops::patch_embed::{self, Geometry, MERGE, Normalize, PATCH};
 
 /// Tolerances, as the reference's own noise asks for.
 const LOGITS: f32 = 2e-4;
 const LOGPROBS: f32 = 1e-4;
 /// Of the norm: hidden states have no scale of their own.
 const HIDDEN: f64 = 1e-5;
+
+/// Frames that a patch spans; a still image is repeated.
+const FRAMES: usize = patch_embed::INPUTS / (3 * PATCH * PATCH);
+/// Patches of one token of an image.
+const MERGED: usize = MERGE * MERGE;
 
 fn spans(p: &Prompt) -> Vec<positions::Span> {
     let span = |s: &varft::input::ImageSpan| positions::Span {
@@ -56,6 +61,7 @@ fn both_layouts_of_the_config_describe_one_model() {
     let d = Device::cpu(0);
     let dirs = r.model_dirs();
     let hubs: Vec<_> = dirs.iter().filter(|d| d.to_string_lossy().ends_with("_hub")).collect();
+    assert!(!hubs.is_empty(), "no model in the hub's layout");
     for hub in hubs {
         let nested = std::path::PathBuf::from(hub.to_string_lossy().trim_end_matches("_hub"));
         assert_eq!(Config::load(hub).unwrap(), Config::load(&nested).unwrap(), "{}", hub.display());
@@ -87,7 +93,7 @@ fn pixel_values_are_equal_to_the_bit() {
         let images = r.images(case);
         let got: Vec<f32> = images.iter().flat_map(|i| pixel_values(i, &processor())).collect();
         assert_bits(&got, &r.f32(&format!("{case}.pixel_values")), case);
-        let grid: Vec<u32> = images.iter().flat_map(|i| [1, i.grid.h as u32, i.grid.w as u32]).collect();
+        let grid: Vec<u32> = images.iter().flat_map(|i| [i.grid.t, i.grid.h, i.grid.w]).map(|n| n as u32).collect();
         assert_eq!(grid, r.u32(&format!("{case}.image_grid_thw")), "{case}");
     }
     for name in r.below("").iter().filter_map(|n| n.strip_suffix(".pil_bicubic")) {
@@ -97,9 +103,11 @@ fn pixel_values_are_equal_to_the_bit() {
         let image = r.image(&format!("{name}.image"), &p);
         assert_eq!([image.height, image.width, 3], r.shape(&format!("{name}.pil_bicubic"))[..], "{name}");
         assert_eq!(image.pixels, r.u8(&format!("{name}.pil_bicubic")), "{name}");
-        // `[patches, channel, 14 * 14]` of the first of the two frames.
+        // `[patches, channel, PATCH * PATCH]` of the first of the frames that a patch spans.
         let want = r.f32(&format!("{name}.pixel_values_frame0"));
-        let got: Vec<f32> = pixel_values(&image, &p).chunks(2 * 14 * 14).flat_map(|c| c[..14 * 14].to_vec()).collect();
+        let frame = PATCH * PATCH;
+        let channel = FRAMES * frame;
+        let got: Vec<f32> = pixel_values(&image, &p).chunks(channel).flat_map(|c| c[..frame].to_vec()).collect();
         assert_bits(&got[..want.len()], &want, name);
     }
     for row in r.json["smart_resize"].as_array().unwrap() {
@@ -128,8 +136,11 @@ fn positions_and_windows_are_equal() {
             assert_eq!(plan.cu_window_seqlens, r.u32(&format!("{case}.cu_window_seqlens")), "{case}");
             // The reference's positions are in patch order; ours already in window order.
             let want = r.u32(&format!("{case}.vision_pos_hw"));
-            let in_window_order: Vec<u32> =
-                plan.window_index.iter().flat_map(|&g| want[g as usize * 8..][..8].to_vec()).collect();
+            let in_window_order: Vec<u32> = plan
+                .window_index
+                .iter()
+                .flat_map(|&g| want[g as usize * 2 * MERGED..][..2 * MERGED].to_vec())
+                .collect();
             assert_eq!(plan.pos_hw, in_window_order, "{case}");
         }
     }
@@ -210,7 +221,7 @@ fn greedy(m: &Model, p: &Prompt, want: &[u32], margins: &[f32]) -> (Vec<u32>, Ve
     let image_tokens: usize = p.images.iter().map(|i| i.len).sum();
     let vision = d.alloc(DType::F32, image_tokens * c.hidden_size);
     let images: Vec<_> = p.images.iter().map(|i| &*i.image).collect();
-    m.encode_images(&s, &images, &mut VisionWorkspace::new(c, d, image_tokens * 4), &vision).unwrap();
+    m.encode_images(&s, &images, &mut VisionWorkspace::new(c, d, image_tokens * MERGED), &vision).unwrap();
     let logits = d.alloc(DType::F32, c.vocab_size);
 
     let mut input = StepInput { ids: p.tokens.clone(), ..Default::default() };

@@ -86,25 +86,27 @@ impl Reference {
         dirs
     }
 
-    fn named(&self, pick: impl Fn(&str) -> bool) -> PathBuf {
-        let dirs = self.model_dirs();
-        let found = dirs.iter().find(|d| pick(&d.file_name().unwrap().to_string_lossy()));
-        found.unwrap_or_else(|| panic!("no fitting model in {}", self.root.display())).clone()
+    /// The base model's folder, whose name is the shortest, or that of a variant, whose name goes on with `_VARIANT`.
+    fn named(&self, variant: Option<&str>) -> PathBuf {
+        let name = |d: &PathBuf| d.file_name().unwrap().to_string_lossy().into_owned();
+        let dirs: Vec<PathBuf> = self.model_dirs().into_iter().filter(|d| !name(d).ends_with("_hub")).collect();
+        let base = dirs.iter().map(name).min_by_key(String::len).unwrap();
+        let wanted = variant.map_or(base.clone(), |v| format!("{base}_{v}"));
+        let fits = |d: &&PathBuf| if variant.is_some() { name(d).starts_with(&wanted) } else { name(d) == wanted };
+        let found = dirs.iter().find(fits);
+        found.unwrap_or_else(|| panic!("{}: there is no model {wanted}", self.root.display())).clone()
     }
-    /// The folder of a case's model: `tied_multi` is the case `multi` on the model `tiny_tied*`, a case without a prefix is
-    /// on the model `tiny`.
+    /// The folder of a case's model: `tied_multi` is the case `multi` on the model `BASE_tied*`, a case without a prefix
+    /// is on the base model.
     pub fn model_dir(&self, case: &str) -> PathBuf {
-        match case.split_once('_') {
-            Some((variant, _)) => self.named(|n| n.starts_with(&format!("tiny_{variant}")) && !n.ends_with("_hub")),
-            None => self.named(|n| n == "tiny"),
-        }
+        self.named(case.split_once('_').map(|(variant, _)| variant))
     }
     pub fn model(&self, case: &str, device: &Device) -> Model {
         Model::load(&self.model_dir(case), device, &LoadOptions::default()).unwrap()
     }
     /// The frozen reference policy of the GRPO case.
     pub fn reference_policy(&self, device: &Device) -> Model {
-        Model::load(&self.named(|n| n == "tiny_refmix"), device, &LoadOptions::default()).unwrap()
+        Model::load(&self.named(Some("refmix")), device, &LoadOptions::default()).unwrap()
     }
 
     /// The case whose images a case uses: itself, or the one behind the prefix.

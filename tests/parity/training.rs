@@ -10,6 +10,8 @@ use varft::ops::adamw::{self, AdamW};
 use varft::ops::linear::{self, Weight};
 use varft::ops::loss::{self, Kl, LossRows, Objective, Outputs};
 use varft::ops::softmax::forbidden_words;
+use varft::train::advantages::token_weights;
+use varft::train::config::LossKind;
 
 const LOGPROBS: f32 = 1e-4;
 /// Relative, per tensor.
@@ -17,6 +19,8 @@ const GRADIENTS: f64 = 1e-3;
 /// Relative.
 const LOSSES: f64 = 1e-5;
 const ADAMW: f32 = 1e-5;
+/// What the reference's optimizer was made with; its vectors do not say.
+const HYPER: AdamW = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
 
 fn ids(v: &Value) -> Vec<u32> {
     v.as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
@@ -151,8 +155,8 @@ fn gradients_of_the_likelihood_agree() {
     let r = Reference::open();
     let d = Device::cpu(0);
     let j = &r.json["nll"];
-    let m = r.model("", &d);
     let case = j["case"].as_str().unwrap();
+    let m = r.model(case, &d);
     let completion = ids(&j["completion"]);
     let n = completion.len();
     let mut scored = Scored::new(&m, r.case_prompt(&m.config, case), &[completion], true);
@@ -168,7 +172,7 @@ fn gradients_of_the_likelihood_agree() {
 }
 
 #[test]
-fn grpo_losses_gradients_and_two_steps_agree() {
+fn grpo_losses_gradients_and_steps_agree() {
     let r = Reference::open();
     let d = Device::cpu(0);
     let j = &r.json["grpo"];
@@ -177,7 +181,7 @@ fn grpo_losses_gradients_and_two_steps_agree() {
     let images = r.images(r.json["nll"]["case"].as_str().unwrap());
     let prompt = r.prompt(&m.config, &ids(&j["prompt_ids"]), &images);
     // The vectors are right-padded `[completions, longest]`; ours are packed.
-    let shape = r.shape("grpo.mask");
+    let longest = r.shape("grpo.mask")[1];
     let mask = r.f32("grpo.mask");
     let packed = |name: &str| -> Vec<f32> {
         r.f32(name).into_iter().zip(&mask).filter(|(_, m)| **m == 1.0).map(|(x, _)| x).collect()
@@ -207,36 +211,33 @@ fn grpo_losses_gradients_and_two_steps_agree() {
         clip_high: clip,
         kl: Some(Kl { ref_logp: &reference, beta: number(&j["beta"]) as f32 }),
     };
-    let g = completions.len() as f32;
-    let weights = per_token(&|c| 1.0 / (g * lengths[c] as f32));
+    let dr_key = j.as_object().unwrap().keys().find(|k| k.starts_with("loss_dr_grpo_C")).unwrap();
+    assert_eq!(*dr_key, format!("loss_dr_grpo_C{longest}"));
+    let kinds =
+        [("loss_seq_mean", LossKind::Grpo), ("loss_token_mean", LossKind::Dapo), (dr_key.as_str(), LossKind::DrGrpo)];
+    let weights_of = |kind: LossKind| {
+        let of_completion = token_weights(kind, &lengths, 0.0, longest);
+        per_token(&|c| of_completion[c])
+    };
+    let (_, descended) = kinds.into_iter().find(|(key, _)| j["grad_of"] == *key).unwrap();
+    let weights = weights_of(descended);
     let mut scored = Scored::new(&m, prompt, &completions, true);
     let (out, grads) = scored.backward(objective, &weights);
 
     let worst = largest_difference(&read(&m, &out.logp), &packed("grpo.logprobs"));
     println!("grpo: log-probabilities {worst:.1e}");
     assert!(worst <= LOGPROBS, "log-probabilities differ by {worst}");
-    let dr = j.as_object().unwrap().keys().find_map(|k| k.strip_prefix("loss_dr_grpo_C")).unwrap();
-    let (dr_key, dr): (String, f64) = (format!("loss_dr_grpo_C{dr}"), dr.parse().unwrap());
-    assert_eq!(dr as usize, shape[1]);
     let through_the_model = read(&m, &out.loss);
     let alone = losses_of(&d, &packed("grpo.logprobs"), objective);
-    let kinds: [(&str, &dyn Fn(usize) -> f64); 3] = [
-        ("loss_seq_mean", &|e| weights[e] as f64),
-        ("loss_token_mean", &|_| 1.0 / total as f64),
-        (dr_key.as_str(), &|_| 1.0 / (g as f64 * dr)),
-    ];
-    for (key, weight) in kinds {
+    for (key, kind) in kinds {
         let want = number(&j[key]);
-        let sum = |losses: &[f32]| losses.iter().enumerate().map(|(e, &l)| l as f64 * weight(e)).sum::<f64>();
-        let scale: f64 = alone.iter().enumerate().map(|(e, &l)| (l as f64 * weight(e)).abs()).sum();
-        // Advantages of both signs cancel in the sum: where little is left, f32 cannot know it to 1e-5.
-        let off = (sum(&alone) - want).abs();
-        println!("grpo: {key} {:.1e} relative, {:.1e} of its terms", off / want.abs(), off / scale);
-        assert!(off <= LOSSES * want.abs().max(scale / 20.0), "{key} is {}, not {want}", sum(&alone));
-        // Through the model the log-probabilities are within their own tolerance, which the terms inherit.
-        let off = (sum(&through_the_model) - want).abs();
-        println!("grpo: {key} through the model {:.1e} relative, {:.1e} of its terms", off / want.abs(), off / scale);
-        assert!(off <= LOSSES * scale, "{key} through the model is {}, not {want}", sum(&through_the_model));
+        let weights = weights_of(kind);
+        for (how, losses) in [("alone", &alone), ("through the model", &through_the_model)] {
+            let got: f64 = losses.iter().zip(&weights).map(|(&l, &w)| f64::from(l) * f64::from(w)).sum();
+            let relative = (got - want).abs() / want.abs();
+            println!("grpo: {key} {how} {relative:.1e} relative");
+            assert!(relative <= LOSSES, "{key} {how} is {got}, not {want}");
+        }
     }
     let mean = |b: &Buffer| read(&m, b).iter().map(|&x| x as f64).sum::<f64>() / total as f64;
     assert!((mean(&out.kl) - number(&j["kl_masked_mean"])).abs() <= 1e-4 * number(&j["kl_masked_mean"]));
@@ -248,17 +249,18 @@ fn grpo_losses_gradients_and_two_steps_agree() {
     let (got, want) = (read(&m, &global)[0] as f64, number(&j["global_grad_norm"]));
     assert!((got - want).abs() <= GRADIENTS * want, "the global norm is {got}, not {want}");
 
-    // Two steps on this gradient; the reference decays every parameter.
+    // So many steps on this gradient as the name of the vectors says; the reference decays every parameter.
+    let stepped: Vec<String> = r.below("adamw");
+    let steps: u64 = stepped[0].split_once('.').unwrap().0.parse().unwrap();
     let (first, second) = (m.params.mirror(&d), m.params.mirror(&d));
-    let hyper = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
     let trained = m.params.flat.view(0, m.params.trainable().len());
-    for step in 1..=2 {
-        adamw::step(&s, &trained, &grads.flat, &first, &second, hyper, step, 1.0);
+    for step in 1..=steps {
+        adamw::step(&s, &trained, &grads.flat, &first, &second, HYPER, step, 1.0);
     }
-    for name in r.below("adamw2.") {
-        let worst =
-            largest_difference(&m.params.read(&s, &m.params.flat, &name).unwrap(), &r.f32(&format!("adamw2.{name}")));
+    for name in r.below(&format!("adamw{steps}.")) {
+        let want = r.f32(&format!("adamw{steps}.{name}"));
+        let worst = largest_difference(&m.params.read(&s, &m.params.flat, &name).unwrap(), &want);
         println!("adamw: {name} {worst:.1e}");
-        assert!(worst <= ADAMW, "{name} differs by {worst} after two steps");
+        assert!(worst <= ADAMW, "{name} differs by {worst} after {steps} steps");
     }
 }
