@@ -270,11 +270,11 @@ fn caught<T>(what: &str, job: &Job, f: impl FnOnce() -> Result<T>) -> Result<T> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::agent::{PromptStyle, ScriptedPolicy, demonstration};
+    use crate::agent::{Author, Ending, PromptStyle, ScriptedPolicy, demonstration};
     use crate::input::{ChatTemplate, ImageProcessor, Message, Picture, Tokenizer};
     use crate::tasks::Degradation;
     use crate::tasks::synthetic::{Config, Subset, Synthetic};
-    use crate::tools::{ToolCall, ToolResult};
+    use crate::tools::{Outcome, ToolCall, ToolResult};
 
     /// A tool that fails as no tool may.
     struct Panics;
@@ -285,6 +285,40 @@ mod tests {
         }
         fn run(&self, _: ToolCall) -> Result<ToolResult> {
             panic!("boom")
+        }
+    }
+
+    /// Turns the image, except that its machinery fails the first calls of each sample: as often as said here.
+    struct Fails {
+        times: Vec<usize>,
+        /// Calls of each sample so far.
+        calls: Mutex<Vec<usize>>,
+    }
+
+    impl Fails {
+        fn first(times: &[usize]) -> Arc<Fails> {
+            Arc::new(Fails { times: times.to_vec(), calls: Mutex::new(vec![0; times.len()]) })
+        }
+    }
+
+    impl Tool for Fails {
+        fn name(&self) -> &str {
+            "fails"
+        }
+        fn run(&self, call: ToolCall) -> Result<ToolResult> {
+            // With 0 as the seed of all episodes, an episode's own is the number of its sample.
+            let sample = call.seed as usize;
+            let nth = {
+                let mut calls = self.calls.lock().unwrap();
+                calls[sample] += 1;
+                calls[sample]
+            };
+            if nth <= self.times[sample] {
+                return Err(Error::Tool { tool: "fails".into(), what: format!("call {nth} of sample {sample}") });
+            }
+            let image = call.images.last().map(|i| image::imageops::rotate180(&**i));
+            let (stdout, stderr, usage) = Default::default();
+            Ok(ToolResult { outcome: Outcome::Ok, stdout, stderr, image, usage })
         }
     }
 
@@ -350,5 +384,38 @@ mod tests {
             let e = told(&rollouts(Opens(opened, script())), &[2]);
             assert!(e.contains(&format!("opened {opened} conversations where 2 were asked for")), "{e}");
         }
+    }
+
+    #[test]
+    fn what_the_machinery_failed_is_tried_again_and_then_void() {
+        let tool = Fails::first(&[0, 1, RETRIES, RETRIES + 1, usize::MAX]);
+        let rollouts = Rollouts { tool: tool.clone(), ..rollouts(script()) };
+        let job = Job { example: example(), group: 7, samples: tool.times.len() };
+        let mut told = Vec::new();
+        let episodes = rollouts.run(&[job], 0, |n, e| told.push((n, e.is_ok()))).unwrap();
+        assert_eq!(*tool.calls.lock().unwrap(), [1, 2, RETRIES + 1, RETRIES + 1, RETRIES + 1]);
+        let [calm, rest @ ..] = &episodes[0][..] else { panic!("no episodes") };
+        let calm = calm.as_ref().unwrap();
+        assert_eq!((&calm.ending, calm.reward.f1), (&Ending::Answered(example().answers[0].clone()), 1.0));
+        // One that was tried again is whole: nothing of the failed tries is in it.
+        for (sample, t) in rest[..2].iter().enumerate() {
+            let t = t.as_ref().unwrap();
+            assert_eq!(t.sample, sample as u64 + 1);
+            assert_eq!(
+                (&t.sequence.tokens, &t.authors, t.prompt_len),
+                (&calm.sequence.tokens, &calm.authors, calm.prompt_len)
+            );
+            assert_eq!((&t.ending, t.reward, t.steps.len()), (&calm.ending, calm.reward, 2));
+            assert_eq!(t.steps[0].tool.as_ref().unwrap().status, Outcome::Ok.kind());
+            assert!(t.authors.contains(&Author::Tool));
+        }
+        for (sample, v) in [3, 4].into_iter().zip(&rest[2..]) {
+            let v = v.as_ref().unwrap_err();
+            assert_eq!((v.group, v.sample), (7, sample));
+            assert!(v.error.to_string().contains(&format!("call {} of sample {sample}", RETRIES + 1)), "{}", v.error);
+        }
+        // Each is reported once, when it is decided.
+        assert_eq!(told.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+        assert_eq!(told.iter().filter(|t| t.1).count(), 3);
     }
 }
