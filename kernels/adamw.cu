@@ -12,31 +12,6 @@ constexpr int NORM_BLOCK = 65536;  // elements whose squares are summed before t
 
 // ---- the norm ----
 
-__device__ __forceinline__ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-// Eight f32 elements from i on, zeros past the end.
-__device__ __forceinline__ void load8(float (&to)[VECTOR], const float* from, size_t i, size_t n, bool aligned) {
-  if (aligned && i + VECTOR <= n) {
-    const f32x4 low = load16<f32x4>(from + i), high = load16<f32x4>(from + i + 4);
-#pragma unroll
-    for (int e = 0; e < 4; e++) to[e] = low.at[e], to[e + 4] = high.at[e];
-  } else {
-#pragma unroll
-    for (int e = 0; e < VECTOR; e++) to[e] = i + e < n ? from[i + e] : 0.0f;
-  }
-}
-
-__device__ __forceinline__ void store8(float* to, size_t i, size_t n, bool aligned, const float (&from)[VECTOR]) {
-  if (aligned && i + VECTOR <= n) {
-    store16(to + i, f32x4{{from[0], from[1], from[2], from[3]}});
-    store16(to + i + 4, f32x4{{from[4], from[5], from[6], from[7]}});
-  } else {
-#pragma unroll
-    for (int e = 0; e < VECTOR; e++)
-      if (i + e < n) to[i + e] = from[e];
-  }
-}
-
 // Sums of squares in f64, whose bits lie in u64. Grid: ceil(n / 65536).
 GLOBAL void __launch_bounds__(THREADS)
 square_sums(const float* x,             // [n]
