@@ -6,7 +6,7 @@ use varft::device::{Buffer, Device};
 use varft::input::Prompt;
 use varft::model::Model;
 use varft::model::train::{self, Activations, GradStore, Group, MemoryPlan, TrainBatch};
-use varft::ops::adamw::{self, AdamW};
+use varft::ops::adamw::{self, AdamW, Params};
 use varft::ops::linear::{self, Weight};
 use varft::ops::loss::{self, Kl, LossRows, Objective, Outputs};
 use varft::ops::softmax::forbidden_words;
@@ -253,7 +253,7 @@ fn grpo_losses_gradients_and_two_steps_agree() {
     let hyper = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
     let trained = m.params.flat.view(0, m.params.trainable().len());
     for step in 1..=2 {
-        adamw::step(&s, &trained, &grads.flat, &first, &second, hyper, step, 1.0);
+        adamw::step(&s, Params::Float(&trained), &grads.flat, &first, &second, hyper, step, 1.0);
     }
     for name in r.below("adamw2.") {
         let worst =

@@ -1,38 +1,36 @@
 //! A draw on the host: one row, one thread.
 
-use super::super::softmax::{
-    BLOCK, GROUP, LogSumExp, allowed, blocks, group_maxima, log_sum_exp_blocks, weights,
-};
+use super::super::softmax::{BLOCK, GROUP, LogSumExp, allowed, blocks, group_maxima, log_sum_exp_blocks, weights};
 use super::NO_SAMPLE;
 use std::cell::RefCell;
 use std::cmp::Ordering;
 
 /// The parameters of one row; `u` is its uniform number.
-struct How {
-    temperature: f32,
-    top_k: usize,
-    top_p: f32,
-    min_p: f32,
-    u: f64,
+pub(super) struct How {
+    pub temperature: f32,
+    pub top_k: usize,
+    pub top_p: f32,
+    pub min_p: f32,
+    pub u: f64,
 }
 
 #[derive(Clone, Copy, Default)]
-struct Candidate {
+pub(super) struct Candidate {
     x: f32,
     /// `exp((x - max) / T)`
-    weight: f32,
-    id: u32,
+    pub weight: f32,
+    pub id: u32,
 }
 
 #[derive(Default)]
-struct Scratch {
+pub(super) struct Scratch {
     /// Sums of the blocks of a row.
     sums: Vec<f32>,
     /// The largest allowed logit of each group of 32 ids.
     tops: Vec<f32>,
     sorted_tops: Vec<f32>,
     /// What truncation has left, ascending.
-    kept: Vec<Candidate>,
+    pub kept: Vec<Candidate>,
     /// Those among which a cut is looked for, in any order.
     mixed: Vec<Candidate>,
 }
@@ -41,7 +39,7 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-fn draw(row: &[f32], forbidden: &[u32], how: &How) -> (u32, f32) {
+pub(super) fn draw(row: &[f32], forbidden: &[u32], how: &How) -> (u32, f32) {
     SCRATCH.with_borrow_mut(|scratch| {
         let sums = &mut scratch.sums;
         sums.clear();
@@ -111,7 +109,7 @@ fn walk(weights: impl Iterator<Item = f32>, mut rest: f64) -> usize {
 ///
 /// Nothing is sorted: a lower bound on the smallest logit that can survive drops most of the vocabulary, and selections
 /// among the rest, or a part of it, find the exact cuts.
-fn truncate(row: &[f32], forbidden: &[u32], how: &How, lse: &LogSumExp, scratch: &mut Scratch) {
+pub(super) fn truncate(row: &[f32], forbidden: &[u32], how: &How, lse: &LogSumExp, scratch: &mut Scratch) {
     let Scratch { tops, sorted_tops, kept, mixed, .. } = scratch;
     let top_k = if how.top_k == 0 { usize::MAX } else { how.top_k };
     tops.resize(forbidden.len(), 0.0);
@@ -150,7 +148,14 @@ fn truncate(row: &[f32], forbidden: &[u32], how: &How, lse: &LogSumExp, scratch:
 }
 
 /// The allowed ids whose logit is at least `floor` (and has any probability), ascending.
-fn collect(row: &[f32], forbidden: &[u32], lse: &LogSumExp, tops: &[f32], floor: f32, out: &mut Vec<Candidate>) {
+pub(super) fn collect(
+    row: &[f32],
+    forbidden: &[u32],
+    lse: &LogSumExp,
+    tops: &[f32],
+    floor: f32,
+    out: &mut Vec<Candidate>,
+) {
     out.clear();
     let floor = floor.max(f32::MIN);
     let mut w = [0.0; BLOCK];
@@ -174,7 +179,7 @@ fn collect(row: &[f32], forbidden: &[u32], lse: &LogSumExp, tops: &[f32], floor:
 }
 
 /// Larger logits first, of equals the lower id. None is NaN: the log-sum-exp was finite.
-fn descending(a: &Candidate, b: &Candidate) -> Ordering {
+pub(super) fn descending(a: &Candidate, b: &Candidate) -> Ordering {
     b.x.partial_cmp(&a.x).unwrap_or(Ordering::Equal).then(a.id.cmp(&b.id))
 }
 

@@ -13,12 +13,17 @@
 //! order, whose cumulative probability exceeds u. (Gumbel noise for each id would give the same distribution at the
 //! price of a random number and two logarithms for every id of the vocabulary.)
 
-use super::softmax::{
-    BLOCK, GROUP, LogSumExp, allowed, blocks, forbidden_words, group_maxima, log_sum_exp_blocks, weights,
-};
-use crate::device::{Backend, Buffer, SendPtr, Stream};
-use std::cell::RefCell;
-use std::cmp::Ordering;
+mod draw;
+#[cfg(test)]
+mod tests;
+
+use super::philox::philox;
+use super::softmax::{self, block_count, forbidden_words};
+use crate::device::{Arg, Backend, Buffer, DType, Launch, SendPtr, Stream};
+use draw::{How, draw};
+
+/// Threads of the kernel's blocks, one for each row.
+const THREADS: usize = 512;
 
 /// The token reported for a row that is not a distribution: a NaN or infinite logit, or no id that may be sampled.
 pub const NO_SAMPLE: u32 = u32::MAX;
@@ -88,7 +93,29 @@ pub fn sample(
                 unsafe { *logps.get().add(i) = logp };
             });
         }),
-        Backend::Gpu(gpu) => gpu.missing("sample"),
+        Backend::Gpu(gpu) if b > 0 => {
+            let blocks = block_count(v);
+            let [sums] = gpu.scratch([(DType::F32, b * blocks * 2)]);
+            softmax::gpu_blocks(gpu, &logits, None, &p.temperature, &forbidden, &sums, None, [b, 0, v]);
+            let args = [
+                &logits,
+                &sums,
+                &p.temperature,
+                &p.top_k,
+                &p.top_p,
+                &p.min_p,
+                &p.seed,
+                &p.stream_id,
+                &p.position,
+                &forbidden,
+                &tokens,
+                &logps,
+            ];
+            let args: Vec<Arg<'_>> = args.into_iter().map(Arg::Buffer).chain([Arg::len(v)]).collect();
+            // A block of ids has a mass in f64 and a largest logit in f32.
+            gpu.launch("sample", Launch::linear(b, THREADS).shared(blocks * 12), &args);
+        }
+        Backend::Gpu(_) => {}
     }
 }
 
@@ -98,6 +125,3 @@ fn uniform(seed: u64, stream: u64, position: u32) -> f64 {
     let bits = ((r[0] as u64) << 32 | r[1] as u64) >> 11;
     bits as f64 / (1u64 << 53) as f64
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,5 +1,6 @@
-use super::super::softmax::{is_forbidden, log_sum_exp};
+use super::super::softmax::{LogSumExp, group_maxima, is_forbidden, log_sum_exp};
 use super::super::testing::{devices, noise};
+use super::draw::{Scratch, collect, descending, truncate};
 use super::*;
 use crate::device::{DType, Device};
 
@@ -13,8 +14,7 @@ struct Row {
     stream: u64,
     position: u32,
 }
-const PLAIN: Row =
-    Row { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 9, stream: 1 << 40, position: 0 };
+const PLAIN: Row = Row { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 9, stream: 1 << 40, position: 0 };
 
 fn run(d: &Device, logits: &[f32], v: usize, forbidden: &[u32], rows: &[Row]) -> (Vec<u32>, Vec<f32>) {
     let (s, b) = (d.stream(), rows.len());
