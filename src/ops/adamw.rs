@@ -294,15 +294,52 @@ mod tests {
         for d in devices() {
             let s = d.stream();
             let (pb, mb, vb) = (d.upload(&start), d.zeros(DType::F32, n), d.zeros(DType::F32, n));
+            let (masters, weights) = (d.upload(&start), d.alloc(DType::BF16, n));
+            let (m2, v2) = (d.zeros(DType::F32, n), d.zeros(DType::F32, n));
             for t in 1..=3 {
-                step(&s, Params::Float(&pb), &d.upload(&noise(n, 10 + t)), &mb, &vb, hyper, t, scale);
+                let g = d.upload(&noise(n, 10 + t));
+                step(&s, Params::Float(&pb), &g, &mb, &vb, hyper, t, scale);
+                step(&s, Params::Masters(&masters, &weights), &g, &m2, &v2, hyper, t, scale);
             }
             let got = s.read::<f32>(&pb).wait().unwrap();
             close(&got, &p, 1e-6);
             close(&s.read::<f32>(&mb).wait().unwrap(), &m, 1e-6);
             close(&s.read::<f32>(&vb).wait().unwrap(), &v, 1e-6);
             assert_eq!(*first.get_or_insert(got.clone()), got);
+            assert_eq!(s.read::<f32>(&masters).wait().unwrap(), got);
+            let rounded: Vec<bf16> = got.into_iter().map(bf16::from_f32).collect();
+            assert_eq!(s.read::<bf16>(&weights).wait().unwrap(), rounded);
         }
+    }
+
+    #[test]
+    fn without_masters_the_noise_belongs_to_the_element_and_its_mean_is_nothing() {
+        let n = CHUNK + 37;
+        // No moments yet and a gradient of one: every weight moves by lr, which is an eighth of a unit in its last place.
+        let hyper = AdamW { lr: 1.0 / 1024.0, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
+        let run = |d: &Device, seed: u64, cuts: &[usize]| {
+            let s = d.stream();
+            let (w, g) = (d.upload(&vec![bf16::from_f32(1.5); n]), d.upload(&vec![1.0f32; n]));
+            let (m, v) = (d.zeros(DType::F32, n), d.zeros(DType::F32, n));
+            let mut start = 0;
+            for &end in cuts.iter().chain(&[n]) {
+                let view = |b: &Buffer| b.view(start, end - start);
+                let params = Params::Rounded { weights: &view(&w), seed, first: 5 + start as u64 };
+                step(&s, params, &view(&g), &view(&m), &view(&v), hyper, 1, 1.0);
+                start = end;
+            }
+            s.read::<bf16>(&w).wait().unwrap()
+        };
+        let want = run(&Device::cpu(1), 3, &[]);
+        for d in devices() {
+            assert_eq!(run(&d, 3, &[1, 900, CHUNK]), want);
+        }
+        assert_ne!(run(&Device::cpu(1), 4, &[]), want);
+        let unit = 1.0 / 128.0;
+        assert!(want.iter().all(|w| [1.5, 1.5 - unit].contains(&w.to_f64())));
+        let moved = want.iter().filter(|w| w.to_f64() < 1.5).count() as f64 / n as f64;
+        // A standard deviation is 0.0026 for as many elements.
+        assert!((moved - 0.125).abs() < 0.011, "{moved} of the weights moved");
     }
 
     #[test]

@@ -140,7 +140,8 @@ pub struct Workspace {
 
 impl Workspace {
     /// For a head of `vocabulary` outputs and `hidden` inputs: as many rows as have their logits within `budget` bytes,
-    /// at least one, at most 1024 and at most `max_rows`. The results depend on the budget in no bit.
+    /// at least one, at most 1024 and at most `max_rows`. The results depend on the budget in no bit, but for gradients on a
+    /// GPU, whose products add in an order of their own.
     pub fn new(device: &Device, vocabulary: usize, hidden: usize, max_rows: usize, budget: usize) -> Workspace {
         let rows = (budget / (4 * vocabulary)).clamp(1, MAX_CHUNK).min(max_rows.max(1));
         Workspace {

@@ -114,8 +114,10 @@ pub(super) fn truncate(row: &[f32], forbidden: &[u32], how: &How, lse: &LogSumEx
     let top_k = if how.top_k == 0 { usize::MAX } else { how.top_k };
     tops.resize(forbidden.len(), 0.0);
     group_maxima(row, forbidden, tops);
-    // min-p is a bound by itself: exp((x - max) / T) >= min_p. An id at the bound is decided exactly below.
-    let mut floor = lse.max + how.min_p.min(1.0).ln() / lse.inv_t;
+    // min-p is a bound by itself: exp((x - max) / T) >= min_p. An id at the bound is decided exactly below. But what min-p drops
+    // counts for a nucleus of what top-k leaves.
+    let of_top_k = how.top_p < 1.0 && top_k < row.len();
+    let mut floor = if of_top_k { f32::MIN } else { lse.max + how.min_p.min(1.0).ln() / lse.inv_t };
     if top_k < tops.len() {
         // k groups have a largest logit of at least the k-th of the groups' largest, so k ids have too.
         sorted_tops.clone_from(tops);

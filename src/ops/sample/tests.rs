@@ -189,6 +189,19 @@ fn truncation_keeps_what_the_definition_keeps() {
 }
 
 #[test]
+fn what_min_p_drops_counts_for_the_nucleus_of_what_top_k_left() {
+    let mut logits = vec![-50.0f32; 200];
+    logits[..3].copy_from_slice(&[0.0, 0.5f32.ln(), 0.4f32.ln()]);
+    logits[3..23].fill(0.09f32.ln());
+    let forbidden = set(200, 0..0);
+    // The first three weigh 1.9 of 3.7: 0.5 of it needs three of them, where of 1.9 alone it would be one.
+    let how = How { temperature: 1.0, top_k: 100, top_p: 0.5, min_p: 0.1, u: 0.0 };
+    let mut scratch = Scratch::default();
+    truncate(&logits, &forbidden, &how, &log_sum_exp(&logits, 1.0, &forbidden), &mut scratch);
+    assert_eq!(scratch.kept.iter().map(|c| c.id).collect::<Vec<_>>(), [0, 1, 2]);
+}
+
+#[test]
 fn a_row_is_sampled_alike_alone_and_in_any_batch() {
     let (v, b) = (1500, 9);
     let logits: Vec<f32> = noise(v * b, 5).iter().map(|x| x * 3.0).collect();
