@@ -5,7 +5,7 @@ use crate::harness::operands::ids;
 use varft::Result;
 use varft::device::{DType, Device};
 use varft::model::{Config, LayerShape, ParamStore};
-use varft::ops::adamw::{self, AdamW};
+use varft::ops::adamw::{self, AdamW, Params};
 use varft::ops::embedding::{self, Table};
 use varft::ops::sample::{SampleParams, sample};
 use varft::ops::softmax::forbidden_words;
@@ -139,7 +139,7 @@ fn optimizer(n: usize) -> Case {
         let hyper = AdamW { lr: 1e-6, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
         move || {
             adamw::grad_norm(&s, &g, &norm);
-            adamw::step(&s, &p, &g, &m, &v, hyper, 1, 1.0);
+            adamw::step(&s, Params::Float(&p), &g, &m, &v, hyper, 1, 1.0);
         }
     })
 }

@@ -133,3 +133,17 @@ template <class T>
 __forceinline__ T atomicCAS(T* address, T expected, T value) { return emulator::atomic_cas(address, expected, value); }
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline unsigned __float_as_uint(float x) { return emulator::float_to_bits(x); }
+inline float __uint_as_float(unsigned bits) { return emulator::bits_to_float(bits); }
+inline long long __double_as_longlong(double x) {
+  long long bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline double __longlong_as_double(long long bits) {
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -40,6 +40,10 @@ struct TypeName<unsigned> {
   static constexpr const char* value = "u32";
 };
 template <>
+struct TypeName<unsigned long long> {
+  static constexpr const char* value = "u64";
+};
+template <>
 struct TypeName<float*> {
   static constexpr const char* value = "f32*";
 };

@@ -14,6 +14,7 @@ using TensorMap = CUtensorMap;
 
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ bf16 to_bf16(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ bf16 bf16_of_bits(uint16_t bits) { return __ushort_as_bfloat16(bits); }
 
 // KERNEL(f, threads): f can be launched by name, in blocks of so many threads. On the device its symbol is that name.
 #define KERNEL(f, threads) static_assert(true)
@@ -42,6 +43,7 @@ struct emulator::TypeName<bf16*> {
 
 __device__ __forceinline__ float to_float(bf16 x) { return emulator::bf16_to_float(x.bits); }
 __device__ __forceinline__ bf16 to_bf16(float x) { return {emulator::float_to_bf16(x)}; }
+__device__ __forceinline__ bf16 bf16_of_bits(std::uint16_t bits) { return {bits}; }
 
 #define SHARED(type, name, ...)                 \
   typedef type name##_shared_type __VA_ARGS__;  \

@@ -5,18 +5,26 @@
 constexpr int WARP_LANES = 32;
 
 // A butterfly: every lane adds the same pairs, so that all hold the same bits.
-__device__ __forceinline__ float warp_sum(float x) {
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
   for (int lanes = WARP_LANES / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
   return x;
 }
 
+// NaN is passed over.
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int lanes = WARP_LANES / 2; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, lanes));
+  return x;
+}
+
 // N sums over a block of THREADS threads: within warps, then over warps in ascending order. All threads call it together.
-template <int THREADS, int N>
-__device__ __forceinline__ void block_sum(float (&x)[N]) {
+template <int THREADS, class T, int N>
+__device__ __forceinline__ void block_sum(T (&x)[N]) {
   static_assert(THREADS % WARP_LANES == 0, "whole warps");
   constexpr int WARPS = THREADS / WARP_LANES;
-  SHARED(float, partial, [WARPS][N]);
+  SHARED(T, partial, [WARPS][N]);
 #pragma unroll
   for (int i = 0; i < N; i++) {
     x[i] = warp_sum(x[i]);
@@ -25,7 +33,7 @@ __device__ __forceinline__ void block_sum(float (&x)[N]) {
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    x[i] = 0.0f;
+    x[i] = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) x[i] += partial[w][i];
   }

@@ -10,6 +10,8 @@ struct alignas(16) f32x4 {
   float at[4];
 };
 
+__device__ __forceinline__ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 template <class V, class T>
 __device__ __forceinline__ V load16(const T* from) {
   static_assert(sizeof(V) == 16, "16 bytes");
@@ -59,5 +61,28 @@ __device__ __forceinline__ void store8(bf16* row, int column, int columns, bool 
 #pragma unroll
     for (int i = 0; i < 8; i++)
       if (column + i < columns) row[column + i] = to_bf16(from[i]);
+  }
+}
+
+// The same of f32 rows.
+__device__ __forceinline__ void load8(float (&to)[8], const float* row, size_t column, size_t columns, bool aligned) {
+  if (aligned && column + 8 <= columns) {
+    const f32x4 low = load16<f32x4>(row + column), high = load16<f32x4>(row + column + 4);
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[i] = low.at[i], to[i + 4] = high.at[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) to[i] = column + i < columns ? row[column + i] : 0.0f;
+  }
+}
+
+__device__ __forceinline__ void store8(float* row, size_t column, size_t columns, bool aligned, const float (&from)[8]) {
+  if (aligned && column + 8 <= columns) {
+    store16(row + column, f32x4{{from[0], from[1], from[2], from[3]}});
+    store16(row + column + 4, f32x4{{from[4], from[5], from[6], from[7]}});
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (column + i < columns) row[column + i] = from[i];
   }
 }

@@ -156,6 +156,12 @@ impl Buffer {
         Buffer { storage: self.storage.clone(), offset: first / size, len, dtype }
     }
 
+    /// The memory of f32 elements as twice as many bf16 ones, for what takes their place.
+    pub(crate) fn as_bf16(&self) -> Buffer {
+        assert_eq!(self.dtype, DType::F32, "f32 elements");
+        Buffer { storage: self.storage.clone(), offset: 2 * self.offset, len: 2 * self.len, dtype: DType::BF16 }
+    }
+
     /// Number of elements.
     #[allow(clippy::len_without_is_empty)] // nobody asks whether a buffer is empty
     pub fn len(&self) -> usize {

@@ -116,10 +116,11 @@ impl Emulator {
         Ok(())
     }
 
-    /// The counterpart of cuBLASLt: see [`Gpu::matmul`](super::Gpu::matmul).
+    /// The counterpart of cuBLASLt: see [`Gpu::matmul_strided`](super::Gpu::matmul_strided).
     pub(super) fn matmul(
         &self,
         a: &Buffer,
+        stride: usize,
         transposed: bool,
         b: &Buffer,
         c: &Buffer,
@@ -134,16 +135,13 @@ impl Emulator {
         let (a, b) = (bytemuck::cast_slice(a), bytemuck::cast_slice(b));
         match c.dtype() {
             DType::F32 => {
-                matmul::multiply(a, transposed, b, bytemuck::cast_slice_mut::<u8, f32>(to), [m, n, k], accumulate)
+                let to = bytemuck::cast_slice_mut::<u8, f32>(to);
+                matmul::multiply(a, stride, transposed, b, to, [m, n, k], accumulate)
             }
-            DType::BF16 => matmul::multiply(
-                a,
-                transposed,
-                b,
-                bytemuck::cast_slice_mut::<u8, half::bf16>(to),
-                [m, n, k],
-                accumulate,
-            ),
+            DType::BF16 => {
+                let to = bytemuck::cast_slice_mut::<u8, half::bf16>(to);
+                matmul::multiply(a, stride, transposed, b, to, [m, n, k], accumulate)
+            }
             other => return Err(Error::internal(format!("a product into {other:?}"))),
         }
         Ok(())

@@ -256,15 +256,32 @@ impl Gpu {
     /// `[k, n]`, `c` f32 or bf16 `[m, n]`, all row-major. For gradients: the order of additions is fixed, but not the one of
     /// [`linear::forward`](crate::ops::linear::forward).
     pub fn matmul(&self, a: &Buffer, transposed: bool, b: &Buffer, c: &Buffer, shape: [usize; 3], accumulate: bool) {
+        let row = if transposed { shape[0] } else { shape[2] };
+        self.matmul_strided(a, row, transposed, b, c, shape, accumulate);
+    }
+
+    /// [`matmul`](Self::matmul) where the rows of `a` begin `stride` elements apart.
+    pub fn matmul_strided(
+        &self,
+        a: &Buffer,
+        stride: usize,
+        transposed: bool,
+        b: &Buffer,
+        c: &Buffer,
+        shape: [usize; 3],
+        accumulate: bool,
+    ) {
         let [m, n, k] = shape;
-        let fits = a.len() >= m * k && b.len() >= k * n && c.len() >= m * n;
-        assert!(fits, "a product [{m}, {n}, {k}] of {a:?} and {b:?} in {c:?}");
-        if m * n * k > 0 {
-            self.submit(
-                |queue, card| card.matmul(queue, a, transposed, b, c, shape, accumulate),
-                |emulator| emulator.matmul(a, transposed, b, c, shape, accumulate),
-            );
+        if m * n * k == 0 {
+            return;
         }
+        let (rows, row) = if transposed { (k, m) } else { (m, k) };
+        let fits = stride >= row && a.len() >= (rows - 1) * stride + row && b.len() >= k * n && c.len() >= m * n;
+        assert!(fits, "a product [{m}, {n}, {k}] of {a:?} (rows {stride} apart) and {b:?} in {c:?}");
+        self.submit(
+            |queue, card| card.matmul(queue, a, stride, transposed, b, c, shape, accumulate),
+            |emulator| emulator.matmul(a, stride, transposed, b, c, shape, accumulate),
+        );
     }
 
     /// Parts of this stream's workspace, of so many elements of a type each, holding anything. They are the op's until the

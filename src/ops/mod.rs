@@ -15,6 +15,7 @@ pub mod kv_cache;
 pub mod linear;
 pub mod loss;
 pub mod patch_embed;
+mod philox;
 pub mod rms_norm;
 pub mod rope;
 pub mod rows;

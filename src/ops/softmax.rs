@@ -5,6 +5,7 @@
 //! ids: 32 f32 lanes ascending within a block, the blocks ascending in f64.
 
 use super::simd::{exp, madd, multiversion, sum_lanes};
+use crate::device::{Arg, Buffer, DType, Gpu, Launch};
 
 /// Ids per partial sum.
 pub(super) const BLOCK: usize = 1024;
@@ -82,6 +83,47 @@ pub(super) fn log_sum_exp_blocks(
         total += sum as f64;
     }
     LogSumExp { max, inv_t, log_sum: total.ln() as f32 }
+}
+
+/// Blocks of [`BLOCK`] ids in a vocabulary of `v`.
+pub(super) fn block_count(v: usize) -> usize {
+    v.div_ceil(BLOCK)
+}
+
+/// Threads of the first pass's blocks, and blocks of ids that each goes through.
+const THREADS: usize = 128;
+const AT_A_TIME: usize = THREADS / 32;
+
+/// The first pass over logits on a GPU: of each block of ids of each run (a row at a temperature) the largest logit and the sum,
+/// into `sums` f32 `[runs, blocks, 2]`, and what the entropy needs into `moments` `[runs, blocks]`. The row of run r is
+/// `rows[r] - first_row`, or r. `temperature` is f32 `[runs]`.
+pub(super) fn gpu_blocks(
+    gpu: &Gpu,
+    logits: &Buffer,
+    rows: Option<&Buffer>,
+    temperature: &Buffer,
+    forbidden: &Buffer,
+    sums: &Buffer,
+    moments: Option<&Buffer>,
+    [runs, first_row, v]: [usize; 3],
+) {
+    let blocks = block_count(v).div_ceil(AT_A_TIME);
+    // Too many for a launch's field are refused by it.
+    let launch = Launch { grid: [runs, blocks, 1].map(|n| n as u32), ..Launch::linear(runs, THREADS) };
+    gpu.launch(
+        "softmax_blocks",
+        launch,
+        &[
+            Arg::Buffer(logits),
+            Arg::maybe(rows, DType::U32),
+            Arg::Buffer(temperature),
+            Arg::Buffer(forbidden),
+            Arg::Buffer(sums),
+            Arg::maybe(moments, DType::F32),
+            Arg::len(first_row),
+            Arg::len(v),
+        ],
+    );
 }
 
 /// The entropy, in nats, of the distribution that `lse` describes: `-sum p ln p` over the allowed ids.

@@ -3,7 +3,7 @@
 use super::config::Optim;
 use crate::device::{Buffer, DType, Device, Stream};
 use crate::model::{ParamStore, Segment};
-use crate::ops::adamw::{self, AdamW};
+use crate::ops::adamw::{self, AdamW, Params};
 use crate::{Error, Result};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
@@ -87,7 +87,7 @@ impl Optimizer {
             let hyper = AdamW { lr, beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay };
             adamw::step(
                 s,
-                &view(&params.flat),
+                Params::Float(&view(&params.flat)),
                 &view(grads),
                 &view(&self.m),
                 &view(&self.v),

@@ -5,7 +5,10 @@
 //! of the value itself ([`as_good_as_bf16`]).
 #![cfg(emulator)]
 
+mod adamw;
+mod loss;
 mod rms_norm;
+mod sample;
 mod swiglu;
 
 use half::bf16;

@@ -6,7 +6,7 @@ use varft::device::{Buffer, Device};
 use varft::input::Prompt;
 use varft::model::Model;
 use varft::model::train::{self, Activations, GradStore, Group, MemoryPlan, TrainBatch};
-use varft::ops::adamw::{self, AdamW};
+use varft::ops::adamw::{self, AdamW, Params};
 use varft::ops::linear::{self, Weight};
 use varft::ops::loss::{self, Kl, LossRows, Objective, Outputs};
 use varft::ops::softmax::forbidden_words;
@@ -255,7 +255,7 @@ fn grpo_losses_gradients_and_steps_agree() {
     let (first, second) = (m.params.mirror(&d), m.params.mirror(&d));
     let trained = m.params.flat.view(0, m.params.trainable().len());
     for step in 1..=steps {
-        adamw::step(&s, &trained, &grads.flat, &first, &second, HYPER, step, 1.0);
+        adamw::step(&s, Params::Float(&trained), &grads.flat, &first, &second, HYPER, step, 1.0);
     }
     for name in r.below(&format!("adamw{steps}.")) {
         let want = r.f32(&format!("adamw{steps}.{name}"));

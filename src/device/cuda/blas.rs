@@ -17,8 +17,8 @@ const ALIGN: u64 = 256;
 /// `CUBLAS_OP_T`.
 const TRANSPOSED: i32 = 1;
 
-/// Shape, whether `a` is transposed, what is stored, the alignments of a, b and c.
-type Key = ([usize; 3], bool, DType, [u32; 3]);
+/// Shape, how far apart the rows of `a` begin, whether it is transposed, what is stored, the alignments of a, b and c.
+type Key = ([usize; 3], usize, bool, DType, [u32; 3]);
 
 /// The library's handle, its workspace, and the algorithms that were chosen.
 pub(super) struct Blas {
@@ -77,6 +77,7 @@ impl Blas {
         &mut self,
         stream: cudarc::driver::sys::CUstream,
         a: &Buffer,
+        stride: usize,
         transposed: bool,
         b: &Buffer,
         c: &Buffer,
@@ -84,7 +85,7 @@ impl Blas {
         accumulate: bool,
     ) -> Result<()> {
         let align = |x: &Buffer| (x.address() as u64 | ALIGN).trailing_zeros();
-        let key = (shape, transposed, c.dtype(), [a, b, c].map(align));
+        let key = (shape, stride, transposed, c.dtype(), [a, b, c].map(align));
         if !self.plans.contains_key(&key) {
             let plan = plan(self.handle, key)?;
             self.plans.insert(key, plan);
@@ -118,7 +119,7 @@ impl Blas {
     }
 }
 
-fn plan(handle: sys::cublasLtHandle_t, ([m, n, k], transposed, dtype, aligns): Key) -> Result<Plan> {
+fn plan(handle: sys::cublasLtHandle_t, ([m, n, k], stride, transposed, dtype, aligns): Key) -> Result<Plan> {
     use sys::cublasLtMatmulPreferenceAttributes_t as P;
     let describe = |e| failed("describe a product", e);
     let product =
@@ -131,11 +132,12 @@ fn plan(handle: sys::cublasLtHandle_t, ([m, n, k], transposed, dtype, aligns): K
         unsafe { result::set_matmul_desc_attribute(product, D::CUBLASLT_MATMUL_DESC_TRANSB, value, size) }
             .map_err(describe)?;
     }
-    let layout = |dtype: DType, rows: usize, cols: usize| {
-        result::create_matrix_layout(blas_type(dtype)?, rows as u64, cols as u64, rows as i64).map_err(describe)
+    let layout = |dtype: DType, rows: usize, cols: usize, stride: usize| {
+        result::create_matrix_layout(blas_type(dtype)?, rows as u64, cols as u64, stride as i64).map_err(describe)
     };
-    let a = if transposed { layout(DType::BF16, m, k)? } else { layout(DType::BF16, k, m)? };
-    let layouts = [layout(DType::BF16, n, k)?, a, layout(dtype, n, m)?];
+    let (row, rows) = if transposed { (m, k) } else { (k, m) };
+    let a = layout(DType::BF16, row, rows, stride)?;
+    let layouts = [layout(DType::BF16, n, k, n)?, a, layout(dtype, n, m, n)?];
     let preference = result::create_matmul_pref().map_err(describe)?;
     let set = |which: P, value: (*const c_void, usize)| {
         // SAFETY: every value below has its attribute's type.

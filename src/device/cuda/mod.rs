@@ -254,11 +254,12 @@ impl Cuda {
         Ok(TensorMap::opaque(map.opaque))
     }
 
-    /// Submits `c = op(a) b` to `queue`: see [`Gpu::matmul`](super::Gpu::matmul).
+    /// Submits `c = op(a) b` to `queue`: see [`Gpu::matmul_strided`](super::Gpu::matmul_strided).
     pub fn matmul(
         &self,
         queue: &Queue,
         a: &Buffer,
+        stride: usize,
         transposed: bool,
         b: &Buffer,
         c: &Buffer,
@@ -271,7 +272,7 @@ impl Cuda {
             Some(blas) => blas,
             none => none.insert(Blas::new(self.allocate(blas::WORKSPACE))?),
         };
-        blas.multiply(queue.raw(), a, transposed, b, c, shape, accumulate)
+        blas.multiply(queue.raw(), a, stride, transposed, b, c, shape, accumulate)
     }
 }
 

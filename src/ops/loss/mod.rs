@@ -1,7 +1,7 @@
 //! Losses on the log-probabilities of chosen tokens, with their gradients through the language-model head.
 //!
 //! The logits of a 150k vocabulary never exist for all rows: rows go through in chunks whose logits fit a budget, and a
-//! chunk's logits are overwritten by their gradient. A row of hidden states that several entries refer to (the last token
+//! chunk's logits are overwritten by their gradient (on a GPU in bf16, which is what the products with it take). A row of hidden states that several entries refer to (the last token
 //! of a prompt that a whole group shares) goes through once.
 //!
 //! With x the logits of an entry's row, T its temperature and y its target, over the ids that are not forbidden:
@@ -12,6 +12,8 @@
 //! - [`Objective::Grpo`] (Shao et al. 2024, arXiv 2402.03300; the asymmetric clip is DAPO's, arXiv 2503.14476):
 //!   `loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta (exp(d) - d - 1)`, `r = exp(logp - old_logp)`,
 //!   `d = ref_logp - logp` (the k3 estimator of the KL divergence).
+
+mod gpu;
 
 use super::linear::{self, Epilogue, Weight};
 use super::rows;
@@ -27,11 +29,12 @@ pub struct LossRows {
     n: usize,
     /// The distinct rows, ascending, u32.
     unique: Buffer,
-    /// For distinct row u, its entries are `order[start[u]..start[u + 1]]`; on the host, it cuts the work into chunks.
+    /// For distinct row u, its entries are `order[start[u]..start[u + 1]]`, by temperature; on the host, it cuts the work into chunks.
     start: std::sync::Arc<Vec<u32>>,
     order: std::sync::Arc<Vec<u32>>,
     targets: Buffer,
     temperature: Buffer,
+    runs: gpu::Runs,
 }
 
 impl LossRows {
@@ -41,7 +44,7 @@ impl LossRows {
         let n = rows.len();
         assert!(targets.len() == n && temperature.len() == n, "a target and a temperature for each of {n} entries");
         let mut order: Vec<u32> = (0..n as u32).collect();
-        order.sort_by_key(|&e| rows[e as usize]);
+        order.sort_by_key(|&e| (rows[e as usize], temperature[e as usize].to_bits()));
         let (mut unique, mut start) = (vec![], vec![]);
         for (i, &e) in order.iter().enumerate() {
             if unique.last() != Some(&rows[e as usize]) {
@@ -53,6 +56,7 @@ impl LossRows {
         LossRows {
             n,
             unique: device.upload(&unique),
+            runs: gpu::Runs::new(device, &start, &order, temperature),
             start: start.into(),
             order: order.into(),
             targets: device.upload(targets),
@@ -136,20 +140,21 @@ pub struct Workspace {
 
 impl Workspace {
     /// For a head of `vocabulary` outputs and `hidden` inputs: as many rows as have their logits within `budget` bytes,
-    /// at least one, at most 1024 and at most `max_rows`. The results depend on the budget in no bit.
+    /// at least one, at most 1024 and at most `max_rows`. The results depend on the budget in no bit, but for gradients on a
+    /// GPU, whose products add in an order of their own.
     pub fn new(device: &Device, vocabulary: usize, hidden: usize, max_rows: usize, budget: usize) -> Workspace {
         let rows = (budget / (4 * vocabulary)).clamp(1, MAX_CHUNK).min(max_rows.max(1));
         Workspace {
-            hidden: device.alloc(DType::F32, rows * hidden),
+            hidden: device.alloc(device.float(), rows * hidden),
             logits: device.alloc(DType::F32, rows * vocabulary),
-            dhidden: device.alloc(DType::F32, rows * hidden),
+            dhidden: device.alloc(device.float(), rows * hidden),
             rows,
         }
     }
 
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
-        4 * (self.hidden.len() + self.logits.len() + self.dhidden.len())
+        [&self.hidden, &self.logits, &self.dhidden].into_iter().map(|b| b.len() * b.dtype().size()).sum()
     }
 
     fn check(&self, head: &Weight) {
@@ -205,7 +210,10 @@ pub fn logprobs(
                     }
                 });
             }),
-            Backend::Gpu(gpu) => gpu.missing("loss"),
+            Backend::Gpu(gpu) => {
+                let chunk = entries.runs.chunk(gpu, &logits, &forbidden, (first, m), v, entropy.is_some());
+                chunk.logprobs(&targets, &logp, entropy.as_ref());
+            }
         }
     }
 }
@@ -239,52 +247,62 @@ pub fn forward_backward(
         let (start, order) = (entries.start.clone(), entries.order.clone());
         let (terms, results) = (terms.clone(), results.clone());
         match s.backend() {
-            Backend::Cpu(s) => s.launch(move |pool| {
-                // SAFETY: launches of one stream run in order; the results are not inputs.
-                let (forbidden, targets, temperature, weight) =
-                    unsafe { (forbidden.get(), targets.get::<u32>(), temperature.get::<f32>(), weight.get::<f32>()) };
-                // SAFETY: as above.
-                let [logp, entropy, loss, ratio, kl, clipped] = unsafe {
-                    [&results.logp, &results.entropy, &results.loss, &results.ratio, &results.kl, &results.clipped]
-                        .map(|b| out(b))
-                };
-                // SAFETY: as above.
-                let x = unsafe { logits.get_mut::<f32>() };
-                pool.chunks_mut(&mut x[..m * v], v, |i, row| {
-                    let mut seen = Scored::default();
-                    let mut at_targets: Vec<(usize, f32)> = vec![];
-                    for e in entries_of(&start, &order, first + i) {
-                        let at = seen.at(row, temperature[e], forbidden, true);
-                        let target = targets[e] as usize;
-                        let lp = target_logp(&at.lse, row, forbidden, target);
-                        let t = terms.evaluate(e, lp);
-                        // d(weight * loss) / d(x_y / T)
-                        let slope = (t.slope * weight[e] as f64) as f32 * at.lse.inv_t;
-                        at.slope += slope;
-                        at_targets.push((target, slope));
-                        // SAFETY: an entry has one row, and the row is this item's.
-                        unsafe {
-                            *logp.get().add(e) = lp;
-                            *entropy.get().add(e) = at.entropy;
-                            *loss.get().add(e) = t.loss as f32;
-                            *ratio.get().add(e) = t.ratio as f32;
-                            *kl.get().add(e) = t.kl as f32;
-                            *clipped.get().add(e) = t.clipped as u8 as f32;
+            Backend::Cpu(cpu) => {
+                cpu.launch(move |pool| {
+                    // SAFETY: launches of one stream run in order; the results are not inputs.
+                    let (forbidden, targets, temperature, weight) = unsafe {
+                        (forbidden.get(), targets.get::<u32>(), temperature.get::<f32>(), weight.get::<f32>())
+                    };
+                    // SAFETY: as above.
+                    let [logp, entropy, loss, ratio, kl, clipped] = unsafe {
+                        [&results.logp, &results.entropy, &results.loss, &results.ratio, &results.kl, &results.clipped]
+                            .map(|b| out(b))
+                    };
+                    // SAFETY: as above.
+                    let x = unsafe { logits.get_mut::<f32>() };
+                    pool.chunks_mut(&mut x[..m * v], v, |i, row| {
+                        let mut seen = Scored::default();
+                        let mut at_targets: Vec<(usize, f32)> = vec![];
+                        for e in entries_of(&start, &order, first + i) {
+                            let at = seen.at(row, temperature[e], forbidden, true);
+                            let target = targets[e] as usize;
+                            let lp = target_logp(&at.lse, row, forbidden, target);
+                            let t = terms.evaluate(e, lp);
+                            // d(weight * loss) / d(x_y / T)
+                            let slope = (t.slope * weight[e] as f64) as f32 * at.lse.inv_t;
+                            at.slope += slope;
+                            at_targets.push((target, slope));
+                            // SAFETY: an entry has one row, and the row is this item's.
+                            unsafe {
+                                *logp.get().add(e) = lp;
+                                *entropy.get().add(e) = at.entropy;
+                                *loss.get().add(e) = t.loss as f32;
+                                *ratio.get().add(e) = t.ratio as f32;
+                                *kl.get().add(e) = t.kl as f32;
+                                *clipped.get().add(e) = t.clipped as u8 as f32;
+                            }
                         }
-                    }
-                    seen.gradient(row, forbidden);
-                    for (target, slope) in at_targets {
-                        row[target] += slope;
-                    }
+                        seen.gradient(row, forbidden);
+                        for (target, slope) in at_targets {
+                            row[target] += slope;
+                        }
+                    });
                 });
-            }),
-            Backend::Gpu(gpu) => gpu.missing("loss"),
+                linear::backward_input(s, &ws.logits, head, &ws.dhidden, m, false);
+                if let Some(dhead) = dhead {
+                    linear::backward_weight(s, &ws.logits.view(0, m * v), &ws.hidden.view(0, m * h), dhead, m);
+                }
+            }
+            Backend::Gpu(gpu) => {
+                let chunk = entries.runs.chunk(gpu, &logits, &forbidden, (first, m), v, true);
+                let gradient = chunk.forward_backward(&terms, &targets, &weight, &results);
+                gpu.matmul_strided(&gradient, 2 * v, false, &head.data, &ws.dhidden, [m, h, v], false);
+                if let Some(dhead) = dhead {
+                    gpu.matmul_strided(&gradient, 2 * v, true, &ws.hidden, dhead, [v, h, m], true);
+                }
+            }
         }
-        linear::backward_input(s, &ws.logits, head, &ws.dhidden, m, false);
         rows::scatter_add(s, &ws.dhidden, &entries.unique.view(first, m), dhidden, m, h);
-        if let Some(dhead) = dhead {
-            linear::backward_weight(s, &ws.logits.view(0, m * v), &ws.hidden.view(0, m * h), dhead, m);
-        }
     }
 }
 
@@ -386,7 +404,7 @@ struct Term {
 #[derive(Clone)]
 enum Terms {
     Nll,
-    Grpo { old_logp: Buffer, advantage: Buffer, low: f64, high: f64, kl: Option<(Buffer, f64)> },
+    Grpo { old_logp: Buffer, advantage: Buffer, clip_low: f32, clip_high: f32, kl: Option<(Buffer, f32)> },
 }
 
 impl Terms {
@@ -398,9 +416,8 @@ impl Terms {
                 let inputs = [Some(old_logp), Some(advantage), reference];
                 assert!(inputs.into_iter().flatten().all(|b| b.len() >= n), "inputs of {n} entries");
                 assert!(clip_low >= 0.0 && clip_high >= 0.0, "clips of {clip_low} and {clip_high}");
-                let (low, high) = (1.0 - clip_low as f64, 1.0 + clip_high as f64);
-                let kl = kl.map(|k| (k.ref_logp.clone(), k.beta as f64));
-                Terms::Grpo { old_logp: old_logp.clone(), advantage: advantage.clone(), low, high, kl }
+                let kl = kl.map(|k| (k.ref_logp.clone(), k.beta));
+                Terms::Grpo { old_logp: old_logp.clone(), advantage: advantage.clone(), clip_low, clip_high, kl }
             }
         }
     }
@@ -412,9 +429,10 @@ impl Terms {
         let lp = logp as f64;
         match self {
             Terms::Nll => Term { loss: -lp, slope: -1.0, ratio: 1.0, kl: 0.0, clipped: false },
-            Terms::Grpo { old_logp, advantage, low, high, kl } => {
+            Terms::Grpo { old_logp, advantage, clip_low, clip_high, kl } => {
+                let (low, high) = (1.0 - *clip_low as f64, 1.0 + *clip_high as f64);
                 let (ratio, a) = ((lp - read(old_logp)).exp(), read(advantage));
-                let (plain, bounded) = (ratio * a, ratio.clamp(*low, *high) * a);
+                let (plain, bounded) = (ratio * a, ratio.clamp(low, high) * a);
                 let clipped = bounded < plain;
                 let mut t = Term {
                     // Written so that a NaN stays one.
@@ -425,7 +443,7 @@ impl Terms {
                     clipped,
                 };
                 if let Some((reference, beta)) = kl {
-                    let d = read(reference) - lp;
+                    let (d, beta) = (read(reference) - lp, *beta as f64);
                     t.kl = d.exp() - d - 1.0;
                     t.loss += beta * t.kl;
                     t.slope += beta * (1.0 - d.exp());
