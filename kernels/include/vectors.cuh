@@ -61,3 +61,33 @@ __device__ __forceinline__ void store8(bf16* row, int column, int columns, bool 
       if (column + i < columns) row[column + i] = to_bf16(from[i]);
   }
 }
+
+__device__ __forceinline__ void load8(float (&to)[8], const float* row, int column, int columns, bool aligned) {
+  if (aligned && column + 8 <= columns) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const f32x4 v = load16<f32x4>(row + column + 4 * h);
+#pragma unroll
+      for (int i = 0; i < 4; i++) to[4 * h + i] = v.at[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) to[i] = column + i < columns ? row[column + i] : 0.0f;
+  }
+}
+
+__device__ __forceinline__ void store8(float* row, int column, int columns, bool aligned, const float (&from)[8]) {
+  if (aligned && column + 8 <= columns) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      f32x4 v;
+#pragma unroll
+      for (int i = 0; i < 4; i++) v.at[i] = from[4 * h + i];
+      store16(row + column + 4 * h, v);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (column + i < columns) row[column + i] = from[i];
+  }
+}
