@@ -267,15 +267,6 @@ impl Gpu {
         }
     }
 
-    /// The boxes of a matrix that kernels copy; see [`TensorMap::new`]. A failure surfaces at the next wait, and nothing that takes
-    /// the map runs.
-    pub fn tensor_map(&self, memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> TensorMap {
-        TensorMap::new(memory, size, region, swizzle).unwrap_or_else(|e| {
-            self.card.keep(Err(e));
-            bytemuck::Zeroable::zeroed()
-        })
-    }
-
     /// Parts of this stream's workspace, of so many elements of a type each, holding anything. They are the op's until the
     /// stream's next workspace: kernels run in order, so no op disturbs another's. Allocates only where more is asked
     /// for than ever before.
