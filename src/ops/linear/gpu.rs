@@ -155,7 +155,7 @@ pub(super) fn forward_as(
             let alignment = [8, 4, 2].into_iter().find(|e| k.is_multiple_of(*e)).map_or(2, |e| e * 2);
             let mut args = vec![Arg::Buffer(&w.data), Arg::Buffer(x)];
             args.extend(tail);
-            args.push(Arg::I32(alignment));
+            args.push(Arg::len(alignment));
             gpu.launch(&kernel, Launch::linear(tiles, tile.threads).shared(tile.shared_bytes), &args);
         }
         Family::Wgmma => {
