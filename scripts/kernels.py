@@ -10,6 +10,7 @@ for. The compiler comes from the Python registry (no GPU and no driver are neede
 
 import argparse
 import concurrent.futures
+import math
 import os
 import re
 import subprocess
@@ -88,17 +89,13 @@ def compile_one(tools, source, arch, out):
         instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", part, re.M)
         figures[name]["instructions"] = {op: instructions.count(op) for op in SHOWN}
         figures[name]["length"] = len(instructions)
+    # Threads of a block, as __launch_bounds__ says them.
+    elf = subprocess.run([tools / "cuobjdump", "-elf", cubin], capture_output=True, text=True, check=True).stdout
+    for part in elf.split("\n.nv.info.")[1:]:
+        sides = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+0x(\w+) 0x(\w+) 0x(\w+)", part)
+        if sides:
+            figures[part.split(None, 1)[0]]["threads"] = math.prod(int(side, 16) for side in sides.groups())
     return figures
-
-
-def threads_of(source):
-    """Threads of a block, by kernel, as the sources say them."""
-    text = source.read_text()
-    constants = {k: int(v) for k, v in re.findall(r"constexpr int (\w+) = (\d+);", text)}
-    found = {}
-    for name, threads in re.findall(r"\bKERNEL\((\w+),\s*(\w+)\)", text):
-        found[name] = int(threads) if threads.isdigit() else constants.get(threads)
-    return found
 
 
 def occupancy(figures, threads, arch):
@@ -160,11 +157,10 @@ def main():
     sources = sorted(KERNELS.rglob("*.cu"))
     rows, wrong = {}, []
     with tempfile.TemporaryDirectory() as out, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [(s, a, pool.submit(compile_one, tools, s, a, Path(out))) for s in sources for a in ARCHITECTURES]
-        for source, arch, job in jobs:
-            threads = threads_of(source)
+        jobs = [(a, pool.submit(compile_one, tools, s, a, Path(out))) for s in sources for a in ARCHITECTURES]
+        for arch, job in jobs:
             for name, figures in job.result().items():
-                rows[name, arch] = (threads.get(name), figures)
+                rows[name, arch] = (figures.get("threads"), figures)
                 wrong += complaints(name, arch, figures)
     text = page(rows)
     if not check:

@@ -6,6 +6,7 @@
 #![cfg(emulator)]
 
 mod adamw;
+mod linear;
 mod loss;
 mod rms_norm;
 mod sample;

@@ -10,8 +10,14 @@
 //! Where a sum is cut for the caches, the exact accumulator is stored and loaded again. Where a gradient is added to
 //! one that is there, its accumulators start from that instead of zero: micro-batches that are accumulated in order give
 //! the bits of one large batch.
+//!
+//! **On a GPU** weights and what goes from op to op are bf16, weights row-major; sums are f32, and so are gradients of parameters. An
+//! output of [`forward`] is again one accumulator over ascending inputs, sixteen at a time, by one tensor-core instruction for
+//! all numbers of rows (`kernels/linear/`), rounded once after bias and residual. Gradients with respect to inputs and weights
+//! come from the vendor's library.
 
 mod gemm;
+mod gpu;
 mod kernel;
 #[cfg(test)]
 mod tests;
@@ -24,10 +30,10 @@ use crate::device::{Backend, Buffer, Pool, SendPtr, Stream};
 use gemm::{Left, Out, Product, SLAB, spread, with_scratch};
 use transpose::{ABREAST, gather_abreast, gather_rows, transpose};
 
-/// A packed weight, trainable or not.
+/// A weight, trainable or not.
 #[derive(Clone)]
 pub struct Weight {
-    /// [`packed_len`]`(n, k)` floats in the layout of [`pack`].
+    /// [`packed_len`]`(n, k)` f32 in the layout of [`pack`]; on a GPU bf16 `[n, k]`, row-major.
     pub data: Buffer,
     /// Outputs.
     pub n: usize,
@@ -80,14 +86,21 @@ pub fn unpack(packed: &[f32], n: usize, k: usize, out: &mut [f32]) {
     }
 }
 
-fn check(w: &Weight) {
+/// Elements of a weight with `n` outputs and `k` inputs where `s` runs.
+fn stored_len(s: &Stream, n: usize, k: usize) -> usize {
+    if s.device().packs_weights() { packed_len(n, k) } else { n * k }
+}
+
+fn check(s: &Stream, w: &Weight) {
     assert!(w.n > 0 && w.k > 0, "a weight of {} outputs and {} inputs", w.n, w.k);
-    assert!(w.data.len() == packed_len(w.n, w.k), "a weight [{}, {}] in {:?}", w.n, w.k, w.data);
+    assert!(w.data.len() == stored_len(s, w.n, w.k), "a weight [{}, {}] in {:?}", w.n, w.k, w.data);
 }
 
 /// `y[m, n] = x[m, k] W^T`, plus what the epilogue says. Panics if `y` overlaps `x`.
+///
+/// On a GPU `y` may be f32 (logits), and so is a residual then.
 pub fn forward(s: &Stream, x: &Buffer, w: &Weight, epilogue: Epilogue, y: &Buffer, m: usize) {
-    check(w);
+    check(s, w);
     let (n, k) = (w.n, w.k);
     assert!(x.len() >= m * k && y.len() >= m * n, "{m} rows of a weight [{n}, {k}]: x is {x:?}, y is {y:?}");
     assert!(!y.overlaps(x), "y apart from x");
@@ -114,7 +127,10 @@ pub fn forward(s: &Stream, x: &Buffer, w: &Weight, epilogue: Epilogue, y: &Buffe
                 forward_on(pool, Isa::detect(), x.get(), w.data.get(), m, n, k, out);
             }
         }),
-        Backend::Gpu(gpu) => gpu.missing("linear"),
+        Backend::Gpu(gpu) => {
+            let added = gpu::Added { bias: bias.as_ref(), residual: residual.as_ref() };
+            gpu::forward(gpu, &x, &w, added, &y, m);
+        }
     }
 }
 
@@ -128,7 +144,7 @@ unsafe fn forward_on(pool: &Pool, isa: Isa, x: &[f32], w: &[f32], m: usize, n: u
 
 /// `dx[m, k] = dy[m, n] W`, or `+=` if `accumulate`: a sum over ascending outputs, from zero or from `dx`.
 pub fn backward_input(s: &Stream, dy: &Buffer, w: &Weight, dx: &Buffer, m: usize, accumulate: bool) {
-    check(w);
+    check(s, w);
     let (n, k) = (w.n, w.k);
     assert!(dy.len() >= m * n && dx.len() >= m * k, "{m} rows of a weight [{n}, {k}]: dy is {dy:?}, dx is {dx:?}");
     assert!(!dx.overlaps(dy), "dx apart from dy");
@@ -139,7 +155,8 @@ pub fn backward_input(s: &Stream, dy: &Buffer, w: &Weight, dx: &Buffer, m: usize
             let (dy, w, dx) = (dy.get::<f32>(), w.data.get::<f32>(), dx.get_mut::<f32>());
             backward_input_on(pool, Isa::detect(), dy, w, dx.as_mut_ptr(), m, n, k, accumulate);
         }),
-        Backend::Gpu(gpu) => gpu.missing("linear"),
+        Backend::Gpu(gpu) if m > 0 => gpu.matmul(&dy, false, &w.data, &dx, [m, k, n], accumulate),
+        Backend::Gpu(_) => {}
     }
 }
 
@@ -216,7 +233,7 @@ const PART: usize = 4096;
 /// Rows of a batch that [`backward_weight`] takes at a time, for the same reason.
 pub(super) const BATCH: usize = 512;
 
-/// `dW += dy[m, n]^T x[m, k]`, `dw` packed like the weight: sums over ascending rows that start from `dw`.
+/// `dW += dy[m, n]^T x[m, k]`, `dw` laid out like the weight, f32: sums over ascending rows that start from `dw`.
 ///
 /// `n` and `k` are what the lengths of `dy` and `x` say, so pass views of exactly `m` rows.
 pub fn backward_weight(s: &Stream, dy: &Buffer, x: &Buffer, dw: &Buffer, m: usize) {
@@ -225,7 +242,7 @@ pub fn backward_weight(s: &Stream, dy: &Buffer, x: &Buffer, dw: &Buffer, m: usiz
     }
     let (n, k) = (dy.len() / m, x.len() / m);
     assert!(
-        dy.len() == m * n && x.len() == m * k && dw.len() == packed_len(n, k),
+        dy.len() == m * n && x.len() == m * k && dw.len() == stored_len(s, n, k),
         "a weight's gradient from {m} rows: dy is {dy:?}, x is {x:?}, dw is {dw:?}"
     );
     let (dy, x, dw) = (dy.clone(), x.clone(), dw.clone());
@@ -235,7 +252,7 @@ pub fn backward_weight(s: &Stream, dy: &Buffer, x: &Buffer, dw: &Buffer, m: usiz
             let (dy, x, dw) = (dy.get::<f32>(), x.get::<f32>(), dw.get_mut::<f32>());
             backward_weight_on(pool, Isa::detect(), dy, x, dw.as_mut_ptr(), m, n, k);
         }),
-        Backend::Gpu(gpu) => gpu.missing("linear"),
+        Backend::Gpu(gpu) => gpu.matmul(&dy, true, &x, &dw, [n, k, m], true),
     }
 }
 
@@ -282,7 +299,7 @@ unsafe fn backward_weight_on(pool: &Pool, isa: Isa, dy: &[f32], x: &[f32], dw: *
     }
 }
 
-/// `db[n] += ` the sum of `dy[m, n]` over ascending rows, starting from `db`. `n` is the length of `db`.
+/// `db[n] += ` the sum of `dy[m, n]` over ascending rows, starting from `db`. `n` is the length of `db`, which is f32.
 pub fn backward_bias(s: &Stream, dy: &Buffer, db: &Buffer, m: usize) {
     let n = db.len();
     assert!(dy.len() >= m * n, "a bias gradient of {n} outputs from {m} rows: dy is {dy:?}");
@@ -290,7 +307,7 @@ pub fn backward_bias(s: &Stream, dy: &Buffer, db: &Buffer, m: usize) {
     match s.backend() {
         // SAFETY: lengths were checked, and the stream orders writers.
         Backend::Cpu(s) => s.launch(move |pool| unsafe { backward_bias_on(pool, dy.get(), db.get_mut(), m) }),
-        Backend::Gpu(gpu) => gpu.missing("linear"),
+        Backend::Gpu(gpu) => gpu::backward_bias(gpu, &dy, &db, m),
     }
 }
 
