@@ -36,6 +36,15 @@ __device__ __forceinline__ void store16(T* to, const V& value) {
 #endif
 }
 
+// Two neighbouring elements, the first in the low half; `to` is aligned to 4 bytes.
+__device__ __forceinline__ void store4(bf16* to, uint32_t pair) {
+#ifdef __CUDACC__
+  *reinterpret_cast<uint32_t*>(to) = pair;
+#else
+  std::memcpy(to, &pair, sizeof pair);
+#endif
+}
+
 // The 8 elements that start at `column` of a row of `columns`, as f32, zeros past its end. `aligned`: every row starts at a
 // multiple of 16 bytes, so that whole vectors can be loaded at once. The values are the same either way.
 __device__ __forceinline__ void load8(float (&to)[8], const bf16* row, int column, int columns, bool aligned) {
