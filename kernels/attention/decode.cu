@@ -190,7 +190,7 @@ __device__ __forceinline__ void decode(const bf16* q, int q_stride, const bf16* 
 
 // Grid: floor(rows group / TILE) + n places of tiles, kv_heads, blocks that share a tile's cuts.
 #define DECODE(HD)                                                                                                         \
-  GLOBAL void __launch_bounds__(THREADS)                                                                                   \
+  GLOBAL void __launch_bounds__(THREADS, 3)                                                                                \
   attention_decode_##HD(const bf16* q,                 /* [rows, q_stride], the first group kv_heads HD of them */         \
                         int q_stride,                                                                                      \
                         const bf16* k, const bf16* v,  /* [pages, kv_heads, PAGE, HD] */                                   \

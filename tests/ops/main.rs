@@ -5,6 +5,7 @@
 //! of the value itself ([`as_good_as_bf16`]).
 #![cfg(emulator)]
 
+mod attention;
 mod rms_norm;
 mod swiglu;
 
