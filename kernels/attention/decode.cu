@@ -5,7 +5,7 @@
 // forward.cu, in the same order. Where tiles are few the cuts of one are spread over blocks, each leaves its parts in memory, and
 // attention_decode_combine adds them up as one block would have done.
 //
-// Dynamic shared memory: a cut's keys and values, 2 KV_CUT HD elements.
+// Dynamic shared memory: a cut's keys and values, and the rows, (2 KV_CUT + TILE) HD elements.
 #include "softmax.cuh"
 
 constexpr int TILE = 16;
@@ -27,7 +27,7 @@ __device__ __forceinline__ void decode_tile(const Tile& tile, const Rows<const b
   SHARED(uint32_t, p_words, [TILE * KV_CUT / 2]);  // powers [TILE, KV_CUT]
   SHARED(float, maxima, [WARPS][TILE]);
   SHARED(float, sums, [WARPS][32][2]);
-  bf16 *k_tile = shared, *v_tile = shared + KV_CUT * HD, *p_tile = reinterpret_cast<bf16*>(p_words);
+  bf16 *k_tile = shared, *v_tile = shared + KV_CUT * HD, *q_tile = shared + 2 * KV_CUT * HD, *p_tile = reinterpret_cast<bf16*>(p_words);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rows[2] = {tile.first + lane / 4, tile.first + lane / 4 + 8};
   const int end = tile.visible((tile.first + TILE < tile.end ? tile.first + TILE : tile.end) - 1);
@@ -42,22 +42,26 @@ __device__ __forceinline__ void decode_tile(const Tile& tile, const Rows<const b
   scale *= LOG2_E;
 
   uint32_t a_q[DEPTH][4];
-  load_rows<HD>(v_tile, q, tile.first, TILE, tile.end);
+  load_rows<HD>(q_tile, q, tile.first, TILE, tile.end);
   load_keys<HD>(k_tile, keys.k, keys, first_cut * KV_CUT, pages(first_cut) * PAGE, end);
   cp_async_commit_group();
-  cp_async_wait_group<0>();
+  load_keys<HD>(v_tile, keys.v, keys, first_cut * KV_CUT, pages(first_cut) * PAGE, end);
+  cp_async_commit_group();
+  cp_async_wait_group<1>();
   __syncthreads();
 #pragma unroll
-  for (int kk = 0; kk < DEPTH; kk++) load_a<HD>(a_q[kk], v_tile, 0, kk);
+  for (int kk = 0; kk < DEPTH; kk++) load_a<HD>(a_q[kk], q_tile, 0, kk);
 
   RowSum total[2] = {{-INFINITY, 0.0f}, {-INFINITY, 0.0f}};
   float o[STEPS][2][4] = {};
   for (int cut = first_cut; cut < end_cut; cut++) {
     const int live = pages(cut);
-    cp_async_wait_group<0>();
-    __syncthreads();
-    load_keys<HD>(v_tile, keys.v, keys, cut * KV_CUT, live * PAGE, end);
-    cp_async_commit_group();
+    if (cut > first_cut) {
+      cp_async_wait_group<0>();
+      __syncthreads();
+      load_keys<HD>(v_tile, keys.v, keys, cut * KV_CUT, live * PAGE, end);
+      cp_async_commit_group();
+    }
 
     float s[PAGE / 8][4] = {}, max[2] = {-INFINITY, -INFINITY};
     if (warp < live) {

@@ -2,7 +2,8 @@
 //
 // Keys are cut at multiples of KV_CUT. Each cut starts fresh, and cuts are combined in ascending order: a row's bits depend on
 // the row and its keys alone. A warp has 16 rows. While it multiplies by a cut's keys the values are on their way, and the next
-// cut's keys while it multiplies by the values. Dynamic shared memory: a cut's keys and values, 2 KV_CUT HD elements.
+// cut's keys while it multiplies by the values. Dynamic shared memory: a cut's keys and values, and the rows, (2 KV_CUT + TILE) HD
+// elements.
 #include "softmax.cuh"
 
 constexpr int TILE = 16 * WARPS;
@@ -14,7 +15,7 @@ __device__ __forceinline__ void forward_tile(const Tile& tile, const Rows<const 
   constexpr int DEPTH = HD / 16;              // steps of 16 elements of a head
   constexpr int COLUMNS = HD % 64 ? HD : 32;  // of the values, multiplied at a time
   DYNAMIC_SHARED(bf16, shared);
-  bf16 *k_tile = shared, *v_tile = shared + KV_CUT * HD;
+  bf16 *k_tile = shared, *v_tile = shared + KV_CUT * HD, *q_tile = shared + 2 * KV_CUT * HD;
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16, first = tile.first + warp_row;
   const int last = (tile.first + TILE < tile.end ? tile.first + TILE : tile.end) - 1;
   const int end = tile.visible(last);
@@ -28,21 +29,25 @@ __device__ __forceinline__ void forward_tile(const Tile& tile, const Rows<const 
   scale *= LOG2_E;
 
   uint32_t a_q[DEPTH][4];
-  load_rows<HD>(v_tile, q, tile.first, TILE, tile.end);
+  load_rows<HD>(q_tile, q, tile.first, TILE, tile.end);
   load_keys<HD>(k_tile, keys.k, keys, 0, pages(0) * PAGE, end);
   cp_async_commit_group();
-  cp_async_wait_group<0>();
+  load_keys<HD>(v_tile, keys.v, keys, 0, pages(0) * PAGE, end);
+  cp_async_commit_group();
+  cp_async_wait_group<1>();
   __syncthreads();
 #pragma unroll
-  for (int kk = 0; kk < DEPTH; kk++) load_a<HD>(a_q[kk], v_tile, warp_row, kk);
+  for (int kk = 0; kk < DEPTH; kk++) load_a<HD>(a_q[kk], q_tile, warp_row, kk);
 
   RowSum total[2] = {{-INFINITY, 0.0f}, {-INFINITY, 0.0f}};
   float o[HD / 8][4] = {};
   for (int cut = 0; cut * KV_CUT < end; cut++) {
-    cp_async_wait_group<0>();
-    __syncthreads();
-    load_keys<HD>(v_tile, keys.v, keys, cut * KV_CUT, pages(cut) * PAGE, end);
-    cp_async_commit_group();
+    if (cut > 0) {
+      cp_async_wait_group<0>();
+      __syncthreads();
+      load_keys<HD>(v_tile, keys.v, keys, cut * KV_CUT, pages(cut) * PAGE, end);
+      cp_async_commit_group();
+    }
 
     // Keys of this cut that the warp's rows see, in whole pages as far as products go.
     const int seen = warp_end - cut * KV_CUT, warp_pages = seen <= 0 ? 0 : seen < KV_CUT ? (seen + PAGE - 1) / PAGE : KV_CUT / PAGE;
@@ -131,8 +136,7 @@ __device__ __forceinline__ void forward_tile(const Tile& tile, const Rows<const 
     }
     if (lse.x && lane % 4 == 0 && rows[h] < tile.end) *lse.at(rows[h], 1) = log_sum_exp(total[h]);
   }
-  // Nobody reads keys any more: the last barrier was after the last product with them.
-  store_rows<HD>(out, first, tile.end, k_tile + warp_row * HD, o);
+  store_rows<HD>(out, first, tile.end, q_tile + warp_row * HD, o);
 }
 
 // ---- kernels ----

@@ -63,9 +63,10 @@ __device__ __forceinline__ bool find_tile(Tile& tile, int index, int height, con
 
 // ---- where keys and values are ----
 
-// One KV head of a segment in pages: `at` is where a key begins.
+// One KV head of a segment in pages. `at`: where a key begins; within a page keys follow each other by `stride`.
 template <int HD>
 struct PagedKeys {
+  static constexpr int stride = HD;
   const bf16 *k, *v;  // [pages, kv_heads, PAGE, HD]
   const unsigned* table;
   int kv_heads, head;
@@ -89,14 +90,18 @@ __device__ __forceinline__ bf16* chunk(bf16* tile, int row, int c) {
   return tile + row * HD + (HD % 64 == 0 ? c ^ row % 8 : c ^ row / 4 % 2) * 8;
 }
 
-// Starts copies of `count` keys (or values: `x` is which) from `first` on; zeros from `end` on.
+// Starts copies of `count` keys, whole pages, from a page's first on (or of values: `x` is which); zeros from `end` on.
 template <int HD, class Keys>
 __device__ __forceinline__ void load_keys(bf16* to, const bf16* x, const Keys& keys, int first, int count, int end) {
   constexpr int CHUNKS = HD / 8;
-  for (int i = threadIdx.x; i < count * CHUNKS; i += THREADS) {
-    const int row = i / CHUNKS, c = i % CHUNKS;
-    const bool there = first + row < end;
-    cp_async<16>(chunk<HD>(to, row, c), there ? x + keys.at(first + row) + c * 8 : x, there ? 16 : 0);
+  for (int page = 0; page < count; page += PAGE) {
+    const bf16* from = x + keys.at(first + page);
+#pragma unroll
+    for (int i = threadIdx.x; i < PAGE * CHUNKS; i += THREADS) {
+      const int row = i / CHUNKS, c = i % CHUNKS;
+      const bool there = first + page + row < end;
+      cp_async<16>(chunk<HD>(to, page + row, c), there ? from + static_cast<size_t>(row) * keys.stride + c * 8 : x, there ? 16 : 0);
+    }
   }
 }
 

@@ -92,14 +92,14 @@ impl Paged {
         args.extend([Arg::Buffer(out), lse]);
         let rows = s.rows * heads.group;
         if rows > DECODE_TILE * s.n {
-            let launch = grid(rows, TILE, s.n, heads.hkv, shared(2 * KV_CUT, heads));
+            let launch = grid(rows, TILE, s.n, heads.hkv, shared(2 * KV_CUT + TILE, heads));
             return gpu.launch(&format!("attention_paged_forward_{}", heads.hd), launch, &args);
         }
         let cuts = (s.stride * BLOCK).div_ceil(KV_CUT);
         let parts = s.rows * heads.hq() * cuts;
         let wanted = (BLOCKS_ABREAST * gpu.multiprocessors()).div_ceil(s.n * heads.hkv).min(cuts);
         let spread = if parts * (heads.hd + 2) * DType::F32.size() > PARTS { 1 } else { wanted };
-        let mut launch = grid(rows, DECODE_TILE, s.n, heads.hkv, shared(2 * KV_CUT, heads));
+        let mut launch = grid(rows, DECODE_TILE, s.n, heads.hkv, shared(2 * KV_CUT + DECODE_TILE, heads));
         launch.grid[2] = spread as u32;
         let kernel = format!("attention_decode_{}", heads.hd);
         if spread == 1 {
@@ -187,7 +187,7 @@ impl Windows<'_> {
         }
         let mut args = self.args().to_vec();
         args.extend([Arg::Buffer(out), Arg::maybe(lse, DType::F32)]);
-        let launch = grid(rows, TILE, self.n, self.heads.hkv, shared(2 * KV_CUT, &self.heads));
+        let launch = grid(rows, TILE, self.n, self.heads.hkv, shared(2 * KV_CUT + TILE, &self.heads));
         gpu.launch(&format!("attention_varlen_forward_{}", self.heads.hd), launch, &args);
     }
 
