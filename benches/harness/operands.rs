@@ -47,8 +47,10 @@ pub fn paged(d: &Device, lens: &[(usize, usize)], kv_heads: usize, head_dim: usi
         block_tables: d.upload(&tables),
         stride,
         n: lens.len(),
+        rows: cu[lens.len()] as usize,
     };
-    (segments, cache, cu[lens.len()] as usize)
+    let rows = segments.rows;
+    (segments, cache, rows)
 }
 
 /// Zeros, for sums and results.

@@ -155,6 +155,31 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (
 #endif
 }
 
+// ---- Arithmetic ----
+
+// 2^x to 2 units in the last place; results below 2^-126 are zero.
+__device__ __forceinline__ float ex2_approx(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;
+#endif
+}
+
+// Two numbers rounded to bf16, the first in the low half.
+__device__ __forceinline__ uint32_t cvt_bf16x2(float low, float high) {
+#ifdef __CUDACC__
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return emulator::float_to_bf16(low) | static_cast<uint32_t>(emulator::float_to_bf16(high)) << 16;
+#endif
+}
+
 // ---- mbarrier (sm_90): eight aligned bytes of shared memory that count arrivals and the bytes of tensor copies. ----
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -38,6 +38,42 @@ __device__ __forceinline__ void store16(T* to, const V& value) {
 #endif
 }
 
+// Two neighbouring elements, the first in the low half; addresses are aligned to 4 bytes.
+__device__ __forceinline__ void store4(bf16* to, uint32_t pair) {
+#ifdef __CUDACC__
+  *reinterpret_cast<uint32_t*>(to) = pair;
+#else
+  std::memcpy(to, &pair, sizeof pair);
+#endif
+}
+
+__device__ __forceinline__ uint32_t load4(const bf16* from) {
+#ifdef __CUDACC__
+  return *reinterpret_cast<const uint32_t*>(from);
+#else
+  uint32_t pair;
+  std::memcpy(&pair, from, sizeof pair);
+  return pair;
+#endif
+}
+
+// Of two neighbouring elements the first and the second.
+__device__ __forceinline__ float low_float(uint32_t pair) {
+#ifdef __CUDACC__
+  return __uint_as_float(pair << 16);
+#else
+  return emulator::bits_to_float(pair << 16);
+#endif
+}
+
+__device__ __forceinline__ float high_float(uint32_t pair) {
+#ifdef __CUDACC__
+  return __uint_as_float(pair & 0xFFFF0000);
+#else
+  return emulator::bits_to_float(pair & 0xFFFF0000);
+#endif
+}
+
 // The 8 elements that start at `column` of a row of `columns`, as f32, zeros past its end. `aligned`: every row starts at a
 // multiple of 16 bytes, so that whole vectors can be loaded at once. The values are the same either way.
 __device__ __forceinline__ void load8(float (&to)[8], const bf16* row, int column, int columns, bool aligned) {

@@ -114,6 +114,7 @@ impl StepBatch {
                 block_tables: room(limits.segments * limits.blocks_per_segment),
                 stride: limits.blocks_per_segment,
                 n: 0,
+                rows: 0,
             },
             copies: Vec::new(),
             staging: Vec::new(),
@@ -129,7 +130,8 @@ impl StepBatch {
         assert!(input.slots.len() == t && input.positions.iter().all(|p| p.len() == t), "lists of {t} tokens");
         assert!(input.cu_seqlens_q.len() == n + 1 && input.block_tables.len() == n, "lists of {n} segments");
         assert_eq!(input.image_rows.len(), input.image_sources.len(), "a source for each image row");
-        (self.tokens, self.images, self.segments.n) = (t, input.image_rows.len(), n);
+        (self.tokens, self.images) = (t, input.image_rows.len());
+        (self.segments.n, self.segments.rows) = (n, t);
         s.write(&self.ids, &input.ids);
         self.staging.clear();
         input.positions.iter().for_each(|p| self.staging.extend_from_slice(p));

@@ -6,6 +6,7 @@
 #![cfg(emulator)]
 
 mod adamw;
+mod attention;
 mod linear;
 mod loss;
 mod rms_norm;

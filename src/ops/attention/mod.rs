@@ -10,6 +10,7 @@
 
 mod backward;
 mod forward;
+mod gpu;
 mod kernels;
 #[cfg(test)]
 mod tests;
@@ -20,6 +21,7 @@ use crate::device::{Backend, Buffer, SendPtr, Stream};
 use crate::ops::kv_cache::{BLOCK, KvLayer};
 use backward::Backward;
 use forward::Forward;
+use gpu::{Given, Windows};
 use tiles::{Call, Heads, Segment, Source};
 
 /// Keys of a cut: where the sum over keys starts fresh. A multiple of [`BLOCK`].
@@ -41,6 +43,8 @@ pub struct Segments {
     pub stride: usize,
     /// Segments.
     pub n: usize,
+    /// Queries of all segments: `cu_seqlens_q[n]`. A GPU's grids are made for so many.
+    pub rows: usize,
 }
 
 /// The pages and the segments of a call.
@@ -71,7 +75,7 @@ impl Paged {
     /// # Safety
     /// As [`Buffer::get`].
     unsafe fn segments(&self, rows: usize) -> Vec<Segment> {
-        let Segments { cu_seqlens_q, kv_lens, block_tables, stride, n } = &self.segments;
+        let Segments { cu_seqlens_q, kv_lens, block_tables, stride, n, .. } = &self.segments;
         // SAFETY: by contract.
         let (cu, kv_lens, tables) =
             unsafe { (cu_seqlens_q.get::<u32>(), kv_lens.get::<u32>(), block_tables.get::<u32>()) };
@@ -160,7 +164,7 @@ pub fn paged_forward(
             let (call, q) = (paged.call(&segments), q.get::<f32>().as_ptr());
             Forward { call, q, q_row: q_stride, out: SendPtr(out.as_mut_ptr()), lse }.run(pool);
         }),
-        Backend::Gpu(gpu) => gpu.missing("attention"),
+        Backend::Gpu(gpu) => paged.forward_gpu(gpu, &q, q_stride, &out, lse.as_ref()),
     }
 }
 
@@ -214,7 +218,9 @@ pub fn paged_backward(
             }
             .run(pool);
         }),
-        Backend::Gpu(gpu) => gpu.missing("attention"),
+        Backend::Gpu(gpu) => {
+            paged.backward_gpu(gpu, &q, q_stride, &Given { out: &out, lse: &lse, dout: &dout }, &dq, &dkv);
+        }
     }
 }
 
@@ -248,7 +254,9 @@ pub fn varlen_forward(
             let lse = lse.map(|l| SendPtr(l.as_mut_ptr()));
             Forward { call, q: x.as_ptr(), q_row: 3 * width, out: SendPtr(out.as_mut_ptr()), lse }.run(pool);
         }),
-        Backend::Gpu(gpu) => gpu.missing("attention"),
+        Backend::Gpu(gpu) => {
+            Windows { qkv: &qkv, cu_seqlens: &cu_seqlens, n, heads, causal }.forward(gpu, &out, lse.as_ref());
+        }
     }
 }
 
@@ -293,6 +301,9 @@ pub fn varlen_backward(
             }
             .run(pool);
         }),
-        Backend::Gpu(gpu) => gpu.missing("attention"),
+        Backend::Gpu(gpu) => {
+            let given = Given { out: &out, lse: &lse, dout: &dout };
+            Windows { qkv: &qkv, cu_seqlens: &cu_seqlens, n, heads, causal }.backward(gpu, &given, &dqkv);
+        }
     }
 }

@@ -115,6 +115,7 @@ impl World {
             block_tables: d.upload(&tables),
             stride,
             n: parts.len(),
+            rows: *cu.last().unwrap() as usize,
         }
     }
 
