@@ -298,7 +298,7 @@ fn every_mode_gives_the_same_bits() {
         let mut at = 0;
         while at < 280 {
             let n = (1 + rng.next() as usize % 90).min(280 - at);
-            check(if n % 2 == 0 { &d } else { &other }, &[(0, 149..150), (1, at..at + n)], 0);
+            check(if n.is_multiple_of(2) { &d } else { &other }, &[(0, 149..150), (1, at..at + n)], 0);
             at += n;
         }
     }
