@@ -24,10 +24,10 @@ __device__ __forceinline__ void decode_tile(const Tile& tile, const Rows<const b
                                             const Rows<bf16>& out, const Rows<float>& lse, const Parts& parts, size_t row, int heads) {
   constexpr int DEPTH = HD / 16, STEPS = (DEPTH + WARPS - 1) / WARPS;  // of 16 columns, this warp's
   DYNAMIC_SHARED(bf16, shared);
-  SHARED(uint32_t, p_words, [TILE * KV_CUT / 2]);  // powers [TILE, KV_CUT]
+  SHARED(bf16x8, powers, [TILE * KV_CUT / 8]);  // [TILE, KV_CUT]
   SHARED(float, maxima, [WARPS][TILE]);
   SHARED(float, sums, [WARPS][32][2]);
-  bf16 *k_tile = shared, *v_tile = shared + KV_CUT * HD, *q_tile = shared + 2 * KV_CUT * HD, *p_tile = reinterpret_cast<bf16*>(p_words);
+  bf16 *k_tile = shared, *v_tile = shared + KV_CUT * HD, *q_tile = shared + 2 * KV_CUT * HD, *p_tile = powers[0].at;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rows[2] = {tile.first + lane / 4, tile.first + lane / 4 + 8};
   const int end = tile.visible((tile.first + TILE < tile.end ? tile.first + TILE : tile.end) - 1);
