@@ -132,6 +132,8 @@ __forceinline__ T atomicMax(T* address, T value) { return emulator::atomic_max(a
 template <class T>
 __forceinline__ T atomicCAS(T* address, T expected, T value) { return emulator::atomic_cas(address, expected, value); }
 
+__forceinline__ int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return emulator::float_to_bits(x); }
 inline float __uint_as_float(unsigned bits) { return emulator::bits_to_float(bits); }
