@@ -8,6 +8,7 @@
 
 constexpr int THREADS = 128;
 constexpr int STEP = THREADS * 8;  // columns that a block takes at a time, eight a thread
+constexpr int BLOCKS = 8;          // on a multiprocessor: left alone, the compiler aims at more, and spills
 
 // ---- kernels ----
 
@@ -55,7 +56,7 @@ KERNEL(rms_norm_forward, THREADS);
 //
 // A fixed number of blocks goes through the rows, block b the b-th share of them, and keeps its part of dw in shared memory,
 // where each column belongs to one thread. Dynamic shared memory: columns floats.
-GLOBAL void __launch_bounds__(THREADS)
+GLOBAL void __launch_bounds__(THREADS, BLOCKS)
 rms_norm_backward(const bf16* h,          // [rows, columns]
                   const bf16* w,          // [columns]
                   const bf16* dy,         // [rows, columns]

@@ -5,7 +5,7 @@ mod tiny;
 
 use std::sync::Arc;
 use tiny::{Rng, image, kv_bytes, model, text};
-use varft::device::{DType, Device};
+use varft::device::Device;
 use varft::engine::{Completion, Engine, EngineOptions, Finish, Generation, Request, Sampling, Session};
 use varft::input::Prompt;
 use varft::model::Model;
@@ -242,7 +242,7 @@ fn trainer_logprobs(
     let entries = LossRows::new(d, &rows, &targets, &temperatures);
     let words = d.upload(&words);
     if learns {
-        let (weight, dhidden) = (d.upload(&vec![1.0f32; n]), d.zeros(DType::F32, hidden.len()));
+        let (weight, dhidden) = (d.upload(&vec![1.0f32; n]), d.zeros(d.float(), hidden.len()));
         let head = &m.text.head;
         loss::forward_backward(&s, &hidden, head, &entries, Objective::Nll, &weight, &words, &ws, &out, &dhidden, None);
     } else {
@@ -253,14 +253,23 @@ fn trainer_logprobs(
     all.iter().map(|t| values.by_ref().take(t.scored.len()).collect()).collect()
 }
 
-#[test]
-fn every_sampled_token_has_the_trainers_log_probability() {
-    let models = [model(&Device::cpu(1)), model(&Device::cpu(2))];
-    let mut buffers = [Buffers::default(), Buffers::default()];
-    let (mut tokens, mut hits, mut encoded_hits, mut preemptions, mut retracted) = (0, 0, 0, 0, 0);
-    for seed in 0..200 {
+/// What the schedules had to do with.
+#[derive(Default)]
+struct Seen {
+    tokens: u64,
+    hits: u64,
+    encoded_hits: u64,
+    preemptions: u64,
+    retracted: u64,
+}
+
+/// Runs random schedules on the models, each an engine's and the trainer's in turn, and compares the bits of every token.
+fn every_token_agrees(models: &[Arc<Model>], seeds: impl Iterator<Item = u64>) -> Seen {
+    let mut buffers: Vec<Buffers> = models.iter().map(|_| Buffers::default()).collect();
+    let mut seen = Seen::default();
+    for seed in seeds {
         let mut rng = Rng(seed);
-        let m = &models[rng.below(2)];
+        let m = &models[rng.below(models.len())];
         let engine = random_engine(&mut rng, m, seed % 5 == 0);
         let all = random_schedule(&mut rng, &engine, m, seed % 5 == 0);
         let stats = engine.stats();
@@ -270,7 +279,7 @@ fn every_sampled_token_has_the_trainers_log_probability() {
             continue;
         }
         // The trainer may run on another number of threads than the engine did.
-        let at = (seed / 7) as usize % 2;
+        let at = (seed / 7) as usize % models.len();
         let trained = trainer_logprobs(&mut rng, &models[at], &forbidden, &all, &mut buffers[at]);
         for (t, trained) in all.iter().zip(trained) {
             for (i, (scored, trained)) in t.scored.iter().zip(trained).enumerate() {
@@ -283,16 +292,40 @@ fn every_sampled_token_has_the_trainers_log_probability() {
                     scored.logprob,
                     f32::from_bits(trained)
                 );
-                tokens += 1;
+                seen.tokens += 1;
             }
         }
-        hits += stats.prefix_hit_tokens;
-        encoded_hits += stats.image_hits;
-        (preemptions, retracted) = (preemptions + stats.preemptions, retracted + stats.retracted_tokens);
+        seen.hits += stats.prefix_hit_tokens;
+        seen.encoded_hits += stats.image_hits;
+        seen.preemptions += stats.preemptions;
+        seen.retracted += stats.retracted_tokens;
     }
+    let Seen { tokens, hits, encoded_hits, preemptions, retracted } = &seen;
     println!(
         "{tokens} tokens; {hits} prompt tokens and {encoded_hits} images from caches; {preemptions} preemptions, {retracted} tokens computed again"
     );
+    seen
+}
+
+#[test]
+fn every_sampled_token_has_the_trainers_log_probability() {
+    let models = [model(&Device::cpu(1)), model(&Device::cpu(2))];
+    let Seen { tokens, hits, encoded_hits, preemptions, retracted } = every_token_agrees(&models, 0..200);
     assert!(tokens > 5000 && hits > 5000 && encoded_hits > 200, "{tokens} {hits} {encoded_hits}");
     assert!(preemptions > 15 && retracted > 1000, "{preemptions} {retracted}");
+}
+
+/// The same for the CUDA kernels, as both architectures, with the orders of warps that fresh seeds give.
+#[cfg(emulator)]
+#[test]
+fn every_sampled_token_has_the_trainers_log_probability_on_the_emulated_device() {
+    use std::hash::{BuildHasher, RandomState};
+    let fresh = || RandomState::new().hash_one("seed");
+    for sm in [80, 90] {
+        let (warps, first) = (fresh(), fresh());
+        println!("sm_{sm}: warps {warps}, schedules from {first} on");
+        let devices = [warps, warps.wrapping_add(1)].map(|seed| Device::emulated_as(seed, sm).unwrap());
+        let seen = every_token_agrees(&devices.map(|d| model(&d)), (0..2).map(|i| first.wrapping_add(i)));
+        assert!(seen.tokens > 0);
+    }
 }

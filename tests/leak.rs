@@ -150,7 +150,7 @@ fn ten_thousand_rollouts_leave_nothing_behind() {
     let weights = device.allocated_bytes();
     // Small caches: full within the first rollouts, and replaced many times over by all that follow.
     let options = EngineOptions {
-        kv_bytes: 96 * KvCache::bytes_per_block(c.layers, c.kv_heads, c.head_dim()),
+        kv_bytes: 96 * KvCache::bytes_per_block(device.float(), c.layers, c.kv_heads, c.head_dim()),
         vision_bytes: CACHED_IMAGES * 32 * c.hidden_size * 4,
         max_context: 256,
         max_sequences: 32,

@@ -37,7 +37,7 @@ pub fn paged(d: &Device, lens: &[(usize, usize)], kv_heads: usize, head_dim: usi
     let cu = cu_seqlens(lens.iter().map(|l| l.0));
     let tables: Vec<u32> = (0..(lens.len() * stride) as u32).collect();
     let kv: Vec<u32> = lens.iter().map(|l| l.1 as u32).collect();
-    let mut cache = KvCache::new(d, 1, lens.len() * stride, kv_heads, head_dim);
+    let mut cache = KvCache::new(d, DType::F32, 1, lens.len() * stride, kv_heads, head_dim);
     let n = cache.layers[0].k.len();
     cache.layers[0].k = random(d, n);
     cache.layers[0].v = random(d, n);

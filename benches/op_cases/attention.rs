@@ -2,10 +2,11 @@
 
 use super::{CONTEXT, Case, DECODING, GRID, IMAGES, Maker, PATCHES, ROWS, SEQUENCE, Work, case};
 use crate::harness::operands::{paged, random};
+use varft::device::DType;
 use varft::input::Grid;
 use varft::model::{Config, LayerShape, WindowPlan};
 use varft::ops::attention::{paged_backward, paged_forward, varlen_backward, varlen_forward};
-use varft::ops::kv_cache::{self, KvCache};
+use varft::ops::kv_cache::{self, KvCache, Tokens};
 
 /// Operations of a visible pair of a query and a key, for each float of a head: two products forward, and five backward,
 /// which computes the scores a second time.
@@ -49,7 +50,7 @@ fn causal(t: &LayerShape, op: &'static str, n: usize, queries: usize, context: u
             let ((seg, cache, _), s, q) = (operands(d), d.stream(), d.random(rows * stride));
             let (out, lse) = (d.zeros(rows * width), d.zeros(rows * heads));
             let (dout, dq) = (d.random(rows * width), d.zeros(rows * stride));
-            let dkv = KvCache::new(&d.device, 1, cache.blocks, kv_heads, head_dim);
+            let dkv = KvCache::new(&d.device, DType::F32, 1, cache.blocks, kv_heads, head_dim);
             paged_forward(&s, &q, stride, &cache.layers[0], &seg, heads, kv_heads, head_dim, scale, &out, Some(&lse));
             move || {
                 let (layer, dlayer) = (&cache.layers[0], &dkv.layers[0]);
@@ -95,6 +96,9 @@ fn write_pages(t: &LayerShape) -> Case {
         let (_, cache, _) = paged(&d.device, &[(ROWS, ROWS)], kv_heads, head_dim);
         let slots = d.device.upload(&(0..ROWS as u32).collect::<Vec<_>>());
         let (s, rows) = (d.stream(), random(&d.device, ROWS * stride));
-        move || kv_cache::write(&s, &cache.layers[0], &cache, &rows, stride, k, v, &slots, ROWS)
+        move || {
+            let tokens = Tokens { rows: &rows, stride, k, v, slots: &slots, n: ROWS };
+            kv_cache::write(&s, &cache.layers[0], &cache, tokens)
+        }
     })
 }

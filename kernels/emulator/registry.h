@@ -56,6 +56,10 @@ struct TypeName<unsigned*> {
   static constexpr const char* value = "u32*";
 };
 template <>
+struct TypeName<unsigned char*> {
+  static constexpr const char* value = "u8*";
+};
+template <>
 struct TypeName<unsigned long long*> {
   static constexpr const char* value = "u64*";
 };

@@ -10,6 +10,17 @@ struct alignas(16) f32x4 {
   float at[4];
 };
 
+// Two neighbours rounded into one register, the first in its lower half: as fragments of matrices hold them.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+#ifdef __CUDACC__
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+#else
+  return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
+#endif
+}
+
+// Whether vectors can be loaded from there on.
 __device__ __forceinline__ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <class V, class T>
@@ -121,4 +132,17 @@ __device__ __forceinline__ void store8(float* row, size_t column, size_t columns
     for (int i = 0; i < 8; i++)
       if (column + i < columns) row[column + i] = from[i];
   }
+}
+
+// Which eight columns of which row belong to this thread, of a grid with one thread for each; rows past the last are nobody's.
+// Blocks of THREADS threads, all in x.
+struct Vector {
+  unsigned row;
+  int column;
+};
+
+template <int THREADS>
+__device__ __forceinline__ Vector this_vector(int columns) {
+  const unsigned vectors = (columns + 7u) / 8, i = blockIdx.x * THREADS + threadIdx.x;
+  return {i / vectors, static_cast<int>(i % vectors) * 8};
 }

@@ -33,6 +33,7 @@ pub use sampling::{Completion, Finish, Sampling};
 pub use session::{Request, Session};
 pub use stats::Stats;
 
+use crate::device::DType;
 use crate::error::panic_message;
 use crate::input::{Prompt, Tokenizer};
 use crate::model::{Config, Model};
@@ -90,9 +91,10 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
-    /// The least [`kv_bytes`](Self::kv_bytes) that hold a sequence of `tokens` tokens of a model of shape `config`.
+    /// The least [`kv_bytes`](Self::kv_bytes) that hold a sequence of `tokens` tokens of a model of shape `config`, in f32: on the
+    /// host's cores.
     pub fn kv_bytes_for(config: &Config, tokens: usize) -> usize {
-        tokens.div_ceil(BLOCK) * KvCache::bytes_per_block(config.layers, config.kv_heads, config.head_dim())
+        tokens.div_ceil(BLOCK) * KvCache::bytes_per_block(DType::F32, config.layers, config.kv_heads, config.head_dim())
     }
 
     /// The least [`vision_bytes`](Self::vision_bytes) that hold an image of `patches` patches.
@@ -188,7 +190,7 @@ impl Engine {
     pub fn start(model: Arc<Model>, options: EngineOptions) -> Result<Engine> {
         let c = &model.config;
         options.tokenizer.as_deref().map_or(Ok(()), |t| c.check_tokenizer(t))?;
-        let per_block = KvCache::bytes_per_block(c.layers, c.kv_heads, c.head_dim());
+        let per_block = KvCache::bytes_per_block(model.device().float(), c.layers, c.kv_heads, c.head_dim());
         let blocks = options.kv_bytes / per_block;
         let max_context = options.max_context.min(c.max_position_embeddings).min(blocks * BLOCK);
         if max_context < 2 || options.max_sequences == 0 || options.step_tokens == 0 {

@@ -159,6 +159,7 @@ impl Runner {
 
     /// Bytes of one page of the KV cache.
     pub fn page_bytes(&self) -> usize {
-        KvCache::bytes_per_block(self.cache.layers.len(), self.cache.kv_heads, self.cache.head_dim)
+        let c = &self.cache;
+        KvCache::bytes_per_block(self.model.device().float(), c.layers.len(), c.kv_heads, c.head_dim)
     }
 }

@@ -208,11 +208,10 @@ pub(super) fn rope_tables(s: &Stream, c: &Config, b: &StepBatch, r: &Rope) {
 
 /// Keys and values of this step into their pages.
 pub(super) fn write_pages(s: &Stream, shape: &LayerShape, b: &StepBatch, qkv: &Buffer, cache: &KvCache, kv: &KvLayer) {
-    let (width, k, v) = (shape.qkv_width(), shape.q_width(), shape.q_width() + shape.kv_width());
-    kv_cache::write(s, kv, cache, qkv, width, k, v, &b.slots, b.tokens);
+    kv_cache::write(s, kv, cache, shape.kv_tokens(qkv, &b.slots, b.tokens));
     for (first, n, slots) in &b.copies {
-        let from = qkv.view(first * width, n * width);
-        kv_cache::write(s, kv, cache, &from, width, k, v, slots, *n);
+        let from = qkv.view(first * shape.qkv_width(), n * shape.qkv_width());
+        kv_cache::write(s, kv, cache, shape.kv_tokens(&from, slots, *n));
     }
 }
 

@@ -9,6 +9,7 @@
 
 use super::params::LayerParams;
 use crate::device::{Buffer, DType, Device, Stream};
+use crate::ops::kv_cache::Tokens;
 use crate::ops::linear::{self, Epilogue};
 use crate::ops::{rms_norm, rope, swiglu};
 
@@ -45,6 +46,11 @@ impl LayerShape {
     /// Factor of the attention scores.
     pub fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
+    }
+    /// The keys and values of `n` tokens in rows `qkv`, `[n, qkv_width]`, with their slots.
+    pub fn kv_tokens<'a>(&self, qkv: &'a Buffer, slots: &'a Buffer, n: usize) -> Tokens<'a> {
+        let k = self.q_width();
+        Tokens { rows: qkv, stride: self.qkv_width(), k, v: k + self.kv_width(), slots, n }
     }
     /// Values per row that `LayerActs::new` allocates.
     pub fn kept_values(&self) -> usize {

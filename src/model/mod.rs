@@ -173,7 +173,8 @@ impl Model {
 
     /// A KV cache of `blocks` pages for this shape.
     pub fn kv_cache(&self, blocks: usize) -> KvCache {
-        KvCache::new(&self.device, self.config.layers, blocks, self.config.kv_heads, self.config.head_dim())
+        let (c, d) = (&self.config, &self.device);
+        KvCache::new(d, d.float(), c.layers, blocks, c.kv_heads, c.head_dim())
     }
 
     /// Submits the encoding of `images` into `out`, `[tokens of all, hidden]`, image after image.

@@ -1,8 +1,8 @@
 //! Token embedding: rows of a table by id, and the gradient of that table.
 
 use super::linear::{PANEL, Weight};
-use super::rows::add_slice;
-use crate::device::{Backend, Buffer, SendPtr, Stream};
+use super::rows::{SUM_THREADS, add_slice, eights, ends};
+use crate::device::{Arg, Backend, Buffer, Launch, SendPtr, Stream};
 
 /// An id that stands for no token (the rows that image embeddings fill): reads as zeros, has no gradient.
 pub const NO_TOKEN: u32 = u32::MAX;
@@ -15,7 +15,7 @@ const CHUNK: usize = 16_384;
 pub enum Table<'a> {
     /// Row-major `[vocabulary, h]`.
     Rows(&'a Buffer),
-    /// The packed weight of a tied head (n = vocabulary, k = h).
+    /// The weight of a tied head (n = vocabulary, k = h), packed on the host's cores.
     Packed(&'a Weight),
 }
 
@@ -35,7 +35,7 @@ impl Layout {
     }
 }
 
-fn parts(table: Table<'_>, h: usize) -> (Buffer, Layout) {
+fn parts(s: &Stream, table: Table<'_>, h: usize) -> (Buffer, Layout) {
     match table {
         Table::Rows(b) => {
             assert!(b.len().is_multiple_of(h), "a table of rows of {h}");
@@ -43,7 +43,7 @@ fn parts(table: Table<'_>, h: usize) -> (Buffer, Layout) {
         }
         Table::Packed(w) => {
             assert_eq!(w.k, h, "a table of rows of {h}");
-            (w.data.clone(), Layout { packed: true, h })
+            (w.data.clone(), Layout { packed: s.device().packs_weights(), h })
         }
     }
 }
@@ -52,7 +52,7 @@ fn parts(table: Table<'_>, h: usize) -> (Buffer, Layout) {
 /// end panics (the tokenizer's ids are checked where they enter).
 pub fn forward(s: &Stream, ids: &Buffer, table: Table<'_>, out: &Buffer, t: usize, h: usize) {
     assert!(ids.len() >= t && out.len() >= t * h, "{t} ids and an output of [{t}, {h}]");
-    let (table, layout) = parts(table, h);
+    let (table, layout) = parts(s, table, h);
     let (ids, out) = (ids.clone(), out.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
@@ -72,7 +72,11 @@ pub fn forward(s: &Stream, ids: &Buffer, table: Table<'_>, out: &Buffer, t: usiz
                 }
             });
         }),
-        Backend::Gpu(gpu) => gpu.missing("embedding"),
+        Backend::Gpu(gpu) if t * h > 0 => {
+            let [ids, table, out] = [&ids, &table, &out].map(Arg::Buffer);
+            gpu.launch("embedding_forward", eights(t, h), &[ids, table, out, Arg::len(t), Arg::len(h)]);
+        }
+        Backend::Gpu(_) => {}
     }
 }
 
@@ -80,7 +84,7 @@ pub fn forward(s: &Stream, ids: &Buffer, table: Table<'_>, out: &Buffer, t: usiz
 /// [`NO_TOKEN`].
 pub fn backward(s: &Stream, ids: &Buffer, dout: &Buffer, dtable: Table<'_>, t: usize, h: usize) {
     assert!(ids.len() >= t && dout.len() >= t * h, "{t} ids and a gradient of [{t}, {h}]");
-    let (table, layout) = parts(dtable, h);
+    let (table, layout) = parts(s, dtable, h);
     let (ids, dout) = (ids.clone(), dout.clone());
     match s.backend() {
         Backend::Cpu(s) => s.launch(move |pool| {
@@ -109,7 +113,13 @@ pub fn backward(s: &Stream, ids: &Buffer, dout: &Buffer, dtable: Table<'_>, t: u
                 }
             });
         }),
-        Backend::Gpu(gpu) => gpu.missing("embedding"),
+        Backend::Gpu(gpu) if t * h > 0 => {
+            let ends = ends(gpu, &ids, t, table.len() / h);
+            let [ids, ends, dout, table] = [&ids, &ends, &dout, &table].map(Arg::Buffer);
+            let args = [ids, ends, dout, table, Arg::len(t), Arg::len(h)];
+            gpu.launch("embedding_backward", Launch::linear(t, SUM_THREADS), &args);
+        }
+        Backend::Gpu(_) => {}
     }
 }
 

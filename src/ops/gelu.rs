@@ -1,7 +1,8 @@
 //! The exact Gaussian error linear unit (Hendrycks and Gimpel 2016, arXiv 1606.08415): `y = x (1 + erf(x / sqrt 2)) / 2`.
 
+use super::rows::eights;
 use super::simd::{erf, exp, madd, multiversion};
-use crate::device::{Backend, Buffer, Stream};
+use crate::device::{Arg, Backend, Buffer, Stream};
 
 const CHUNK: usize = 8192;
 
@@ -16,7 +17,10 @@ pub fn forward(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
             let (x, y) = unsafe { (x.get::<f32>(), y.get_mut::<f32>()) };
             pool.chunks_mut(&mut y[..len], CHUNK, |i, y| apply(&x[i * CHUNK..][..y.len()], y));
         }),
-        Backend::Gpu(gpu) => gpu.missing("gelu"),
+        Backend::Gpu(gpu) if len > 0 => {
+            gpu.launch("gelu_forward", eights(1, len), &[Arg::Buffer(&x), Arg::Buffer(&y), Arg::len(len)]);
+        }
+        Backend::Gpu(_) => {}
     }
 }
 
@@ -34,7 +38,11 @@ pub fn backward(s: &Stream, x: &Buffer, dy: &Buffer, dx: &Buffer, len: usize) {
                 apply_backward(&x[at..][..dx.len()], &dy[at..][..dx.len()], dx)
             });
         }),
-        Backend::Gpu(gpu) => gpu.missing("gelu"),
+        Backend::Gpu(gpu) if len > 0 => {
+            let [x, dy, dx] = [&x, &dy, &dx].map(Arg::Buffer);
+            gpu.launch("gelu_backward", eights(1, len), &[x, dy, dx, Arg::len(len)]);
+        }
+        Backend::Gpu(_) => {}
     }
 }
 

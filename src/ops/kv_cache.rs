@@ -1,16 +1,18 @@
 //! The paged key-value cache.
 //!
-//! A page holds [`BLOCK`] consecutive tokens of one sequence, for all KV heads of a layer. Keys lie transposed, so that
-//! attention reads one dimension of many keys in a vector; values lie in rows padded to 16 floats:
+//! A page holds [`BLOCK`] consecutive tokens of one sequence, for all KV heads of a layer. On the host's cores keys lie
+//! transposed, so that attention reads one dimension of many keys in a vector, and values in rows padded to 16 floats; on a GPU
+//! both lie as they come:
 //!
-//! - keys: `[page, kv_head, head_dim, BLOCK]`
-//! - values: `[page, kv_head, BLOCK, head_dim padded to 16]`
+//! - keys: `[page, kv_head, head_dim, BLOCK]`; on a GPU `[page, kv_head, BLOCK, head_dim]`
+//! - values: `[page, kv_head, BLOCK, head_dim padded to 16]`; on a GPU `[page, kv_head, BLOCK, head_dim]`
 //!
-//! Gradients of keys and values live in pages of the same layout. A slot is `page * BLOCK + offset`. Slots that no token
-//! was written to may hold anything; nothing reads them.
+//! Gradients of keys and values live in pages of the same layout, always f32. A slot is `page * BLOCK + offset`. Slots that no
+//! token was written to may hold anything; nothing reads them.
 
 use super::linear::transpose::transpose;
-use crate::device::{Backend, Buffer, DType, Device, Pool, SendPtr, Stream};
+use super::rows::eights;
+use crate::device::{Arg, Backend, Buffer, DType, Device, Gpu, Launch, Pool, SendPtr, Stream};
 
 /// Tokens of a page.
 pub const BLOCK: usize = 32;
@@ -20,9 +22,9 @@ const RUN: usize = 8;
 /// The pages of one layer, or their gradients.
 #[derive(Clone)]
 pub struct KvLayer {
-    /// `[blocks, kv_heads, head_dim, BLOCK]` f32.
+    /// `[blocks, keys of a page]`.
     pub k: Buffer,
-    /// `[blocks, kv_heads, BLOCK, head_dim padded to 16]` f32.
+    /// `[blocks, values of a page]`.
     pub v: Buffer,
 }
 
@@ -35,32 +37,66 @@ pub struct KvCache {
     pub blocks: usize,
     /// KV heads of a layer.
     pub kv_heads: usize,
-    /// Floats of a head.
+    /// Elements of a head.
     pub head_dim: usize,
+    /// Elements of a token's values for one head, with the padding.
+    value_dim: usize,
+    /// What the layers' pages are parts of: `[layers]` of the keys, then the values.
+    pages: Buffer,
 }
 
 impl KvCache {
-    /// A cache of `blocks` pages for each of `layers` layers. The pages hold anything.
-    pub fn new(device: &Device, layers: usize, blocks: usize, kv_heads: usize, head_dim: usize) -> KvCache {
-        let page = |width: usize| device.alloc(DType::F32, blocks * kv_heads * BLOCK * width);
-        let layers = (0..layers).map(|_| KvLayer { k: page(head_dim), v: page(padded(head_dim)) }).collect();
-        KvCache { layers, blocks, kv_heads, head_dim }
+    /// A cache of `blocks` pages for each of `layers` layers, of the device's [`float`](Device::float), or f32 for gradients. The
+    /// pages hold anything.
+    pub fn new(
+        device: &Device,
+        dtype: DType,
+        layers: usize,
+        blocks: usize,
+        kv_heads: usize,
+        head_dim: usize,
+    ) -> KvCache {
+        let value_dim = if device.packs_weights() { padded(head_dim) } else { head_dim };
+        let [keys, values] = [head_dim, value_dim].map(|dim| blocks * kv_heads * BLOCK * dim);
+        let pages = device.alloc(dtype, layers * (keys + values));
+        let layer = |i: usize| KvLayer {
+            k: pages.view(i * (keys + values), keys),
+            v: pages.view(i * (keys + values) + keys, values),
+        };
+        KvCache { layers: (0..layers).map(layer).collect(), blocks, kv_heads, head_dim, value_dim, pages }
     }
 
-    /// Bytes of one page in all of `layers` layers.
-    pub fn bytes_per_block(layers: usize, kv_heads: usize, head_dim: usize) -> usize {
-        layers * kv_heads * BLOCK * (head_dim + padded(head_dim)) * DType::F32.size()
+    /// Bytes of one page in all of `layers` layers, for elements of type `dtype`.
+    pub fn bytes_per_block(dtype: DType, layers: usize, kv_heads: usize, head_dim: usize) -> usize {
+        layers * kv_heads * BLOCK * (head_dim + padded(head_dim)) * dtype.size()
     }
 
     /// Asserts that `layer` has this cache's shape.
     fn check(&self, layer: &KvLayer) {
         let slots = self.blocks * self.kv_heads * BLOCK;
-        assert_eq!((layer.k.len(), layer.v.len()), (slots * self.head_dim, slots * padded(self.head_dim)));
+        assert_eq!((layer.k.len(), layer.v.len()), (slots * self.head_dim, slots * self.value_dim));
     }
 }
 
 fn padded(head_dim: usize) -> usize {
     head_dim.next_multiple_of(16)
+}
+
+/// Tokens whose keys and values lie in rows, and their places in the cache.
+#[derive(Clone, Copy)]
+pub struct Tokens<'a> {
+    /// `[n, stride]`.
+    pub rows: &'a Buffer,
+    /// Columns of a row.
+    pub stride: usize,
+    /// The column from which a row holds its token's keys, `[kv_heads, head_dim]`.
+    pub k: usize,
+    /// The same of its values.
+    pub v: usize,
+    /// u32 `[n]`, all different.
+    pub slots: &'a Buffer,
+    /// How many there are.
+    pub n: usize,
 }
 
 /// Where tokens' heads are in pages and in rows.
@@ -86,7 +122,7 @@ impl Layout {
 }
 
 /// The pages and the rows of a call's tokens, checked against each other.
-struct Tokens {
+struct Move {
     layer: KvLayer,
     blocks: usize,
     rows: Buffer,
@@ -94,26 +130,15 @@ struct Tokens {
     layout: Layout,
 }
 
-impl Tokens {
-    fn new(
-        layer: &KvLayer,
-        cache: &KvCache,
-        rows: &Buffer,
-        row_stride: usize,
-        k_offset: usize,
-        v_offset: usize,
-        slots: &Buffer,
-        t: usize,
-    ) -> Tokens {
+impl Move {
+    fn new(layer: &KvLayer, cache: &KvCache, tokens: Tokens<'_>) -> Move {
         cache.check(layer);
         let &KvCache { blocks, kv_heads, head_dim, .. } = cache;
-        assert!(
-            row_stride >= kv_heads * head_dim + k_offset.max(v_offset),
-            "rows of {row_stride} floats are too short for keys and values"
-        );
-        assert!(rows.len() >= t * row_stride, "{t} rows of {row_stride} in a buffer of {}", rows.len());
-        let layout = Layout { kv_heads, head_dim, row_stride, k_offset, v_offset };
-        Tokens { layer: layer.clone(), blocks, rows: rows.clone(), slots: slots.view(0, t), layout }
+        let Tokens { rows, stride, k, v, slots, n } = tokens;
+        assert!(stride >= kv_heads * head_dim + k.max(v), "rows of {stride} are too short for keys and values");
+        assert!(rows.len() >= n * stride, "{n} rows of {stride} in a buffer of {}", rows.len());
+        let layout = Layout { kv_heads, head_dim, row_stride: stride, k_offset: k, v_offset: v };
+        Move { layer: layer.clone(), blocks, rows: rows.clone(), slots: slots.view(0, n), layout }
     }
 
     /// Runs `f(first token, its slot, number)` over runs of up to [`RUN`] tokens in consecutive slots of a page, which
@@ -137,31 +162,28 @@ impl Tokens {
             }
         });
     }
+
+    /// Launches a kernel on these buffers.
+    fn launch(&self, gpu: &Gpu, kernel: &str, buffers: [&Buffer; 4]) {
+        let Layout { kv_heads, head_dim, row_stride, k_offset, v_offset } = self.layout;
+        let n = self.slots.len();
+        if n * kv_heads * head_dim > 0 {
+            let sizes = [n, row_stride, k_offset, v_offset, kv_heads, head_dim].map(Arg::len);
+            gpu.launch(kernel, eights(n * kv_heads, head_dim), &[&buffers.map(Arg::Buffer)[..], &sizes].concat());
+        }
+    }
 }
 
-/// Writes the keys and values of `t` tokens into their pages.
-///
-/// `rows`: `[t, row_stride]` with a token's keys (`[kv_heads, head_dim]`) from column `k_offset` and its values from
-/// column `v_offset`; `slots`: u32 `[t]`, all different. `layer` is one of `cache`'s, or has its shape.
-pub fn write(
-    s: &Stream,
-    layer: &KvLayer,
-    cache: &KvCache,
-    rows: &Buffer,
-    row_stride: usize,
-    k_offset: usize,
-    v_offset: usize,
-    slots: &Buffer,
-    t: usize,
-) {
-    let tokens = Tokens::new(layer, cache, rows, row_stride, k_offset, v_offset, slots, t);
+/// Writes the keys and values of tokens into their pages. `layer` is one of `cache`'s, or has its shape.
+pub fn write(s: &Stream, layer: &KvLayer, cache: &KvCache, tokens: Tokens<'_>) {
+    let m = Move::new(layer, cache, tokens);
     match s.backend() {
         // SAFETY: launches run one after the other; tokens have different slots, all in bounds, as are the rows.
         Backend::Cpu(s) => s.launch(move |pool| unsafe {
-            let layout @ Layout { head_dim: hd, row_stride: stride, .. } = tokens.layout;
-            let (k, v) = (tokens.layer.k.get_mut::<f32>(), tokens.layer.v.get_mut::<f32>());
-            let (k, v, rows) = (SendPtr(k.as_mut_ptr()), SendPtr(v.as_mut_ptr()), tokens.rows.get::<f32>());
-            tokens.runs(pool, |i, slot, n| {
+            let layout @ Layout { head_dim: hd, row_stride: stride, .. } = m.layout;
+            let (k, v) = (m.layer.k.get_mut::<f32>(), m.layer.v.get_mut::<f32>());
+            let (k, v, rows) = (SendPtr(k.as_mut_ptr()), SendPtr(v.as_mut_ptr()), m.rows.get::<f32>());
+            m.runs(pool, |i, slot, n| {
                 let rows = rows[i * stride..].as_ptr();
                 for [from_k, from_v, to_k, to_v] in layout.heads(slot) {
                     transpose(rows.add(from_k), stride, n, hd, k.get().add(to_k), BLOCK);
@@ -172,32 +194,22 @@ pub fn write(
                 }
             });
         }),
-        Backend::Gpu(gpu) => gpu.missing("kv_cache"),
+        Backend::Gpu(gpu) => m.launch(gpu, "kv_cache_write", [&m.rows, &m.slots, &m.layer.k, &m.layer.v]),
     }
 }
 
-/// Reads the keys and values of `t` tokens from their pages into rows: the inverse of [`write()`], for gradients.
+/// Reads the keys and values of tokens from their pages into rows: the inverse of [`write()`], for gradients.
 ///
 /// Only the columns of keys and values are written.
-pub fn gather(
-    s: &Stream,
-    layer: &KvLayer,
-    cache: &KvCache,
-    rows: &Buffer,
-    row_stride: usize,
-    k_offset: usize,
-    v_offset: usize,
-    slots: &Buffer,
-    t: usize,
-) {
-    let tokens = Tokens::new(layer, cache, rows, row_stride, k_offset, v_offset, slots, t);
+pub fn gather(s: &Stream, layer: &KvLayer, cache: &KvCache, tokens: Tokens<'_>) {
+    let m = Move::new(layer, cache, tokens);
     match s.backend() {
         // SAFETY: launches run one after the other; every token has its own row, in bounds.
         Backend::Cpu(s) => s.launch(move |pool| unsafe {
-            let layout @ Layout { head_dim: hd, row_stride: stride, .. } = tokens.layout;
-            let (k, v) = (tokens.layer.k.get::<f32>(), tokens.layer.v.get::<f32>());
-            let rows = SendPtr(tokens.rows.get_mut::<f32>().as_mut_ptr());
-            tokens.runs(pool, |i, slot, n| {
+            let layout @ Layout { head_dim: hd, row_stride: stride, .. } = m.layout;
+            let (k, v) = (m.layer.k.get::<f32>(), m.layer.v.get::<f32>());
+            let rows = SendPtr(m.rows.get_mut::<f32>().as_mut_ptr());
+            m.runs(pool, |i, slot, n| {
                 let rows = rows.get().add(i * stride);
                 for [to_k, to_v, from_k, from_v] in layout.heads(slot) {
                     transpose(k.as_ptr().add(from_k), BLOCK, hd, n, rows.add(to_k), stride);
@@ -208,22 +220,24 @@ pub fn gather(
                 }
             });
         }),
-        Backend::Gpu(gpu) => gpu.missing("kv_cache"),
+        Backend::Gpu(gpu) => m.launch(gpu, "kv_cache_gather", [&m.layer.k, &m.layer.v, &m.slots, &m.rows]),
     }
 }
 
 /// Copies page `from` over another page `to` in every layer: a sequence that forks in the middle of a page gets its own.
 pub fn copy_block(s: &Stream, cache: &KvCache, from: usize, to: usize) {
-    for_pages(s, cache, from, to, |from, to| to.copy_from_slice(from));
+    for_pages(s, "kv_cache_copy_block", cache, from, to, |from, to| to.copy_from_slice(from));
 }
 
 /// Adds page `from` to page `to` in every layer, for caches of gradients: the backward of [`copy_block`] with the pages
 /// swapped. Slots past the tokens that were copied get values that mean nothing.
 pub fn add_block(s: &Stream, gradients: &KvCache, from: usize, to: usize) {
-    for_pages(s, gradients, from, to, |from, to| to.iter_mut().zip(from).for_each(|(to, from)| *to += from));
+    for_pages(s, "kv_cache_add_block", gradients, from, to, |from, to| {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to += from)
+    });
 }
 
-fn for_pages(s: &Stream, cache: &KvCache, from: usize, to: usize, f: fn(&[f32], &mut [f32])) {
+fn for_pages(s: &Stream, kernel: &str, cache: &KvCache, from: usize, to: usize, f: fn(&[f32], &mut [f32])) {
     assert!(from < cache.blocks && to < cache.blocks && from != to, "pages {from} and {to} of {}", cache.blocks);
     let pairs: Vec<(Buffer, Buffer)> = cache
         .layers
@@ -239,7 +253,16 @@ fn for_pages(s: &Stream, cache: &KvCache, from: usize, to: usize, f: fn(&[f32], 
         Backend::Cpu(s) => {
             s.launch(move |pool| pool.run(pairs.len(), |i| unsafe { f(pairs[i].0.get(), pairs[i].1.get_mut()) }))
         }
-        Backend::Gpu(gpu) => gpu.missing("kv_cache"),
+        Backend::Gpu(gpu) => {
+            // Keys and values of a page are equally many, and so every buffer of a layer is a plane of `blocks` pages.
+            let (page, planes) = (cache.kv_heads * BLOCK * cache.head_dim, 2 * cache.layers.len());
+            let row = eights(1, page);
+            let shape = Launch { grid: [row.grid[0], planes as u32, 1], ..row };
+            let args = [Arg::U32(from as u32), Arg::U32(to as u32), Arg::len(cache.blocks), Arg::len(page)];
+            if page * planes > 0 {
+                gpu.launch(kernel, shape, &[&[Arg::Buffer(&cache.pages)][..], &args].concat());
+            }
+        }
     }
 }
 
@@ -252,10 +275,10 @@ mod tests {
     fn what_is_written_is_gathered_and_pages_copy_and_add() {
         for (hd, device) in [(16, Device::cpu(2)), (24, Device::cpu_deferred(1))] {
             let (t, heads, s) = (70, 3, device.stream());
-            let cache = KvCache::new(&device, 2, 4, heads, hd);
+            let cache = KvCache::new(&device, DType::F32, 2, 4, heads, hd);
             assert_eq!(
                 cache.layers.iter().map(|l| (l.k.len() + l.v.len()) * 4).sum::<usize>(),
-                4 * KvCache::bytes_per_block(2, heads, hd)
+                4 * KvCache::bytes_per_block(DType::F32, 2, heads, hd)
             );
             let (width, layer) = (heads * hd, &cache.layers[1]);
             let stride = 2 * width + 3;
@@ -263,9 +286,10 @@ mod tests {
             // Tokens lie backwards from the end of the cache.
             let slots: Vec<u32> = (0..t as u32).map(|i| 4 * BLOCK as u32 - 1 - i).collect();
             let (x, slots) = (device.upload(&x), device.upload(&slots));
-            write(&s, layer, &cache, &x, stride, 1, 2 + width, &slots, t);
+            let tokens = Tokens { rows: &x, stride, k: 1, v: 2 + width, slots: &slots, n: t };
+            write(&s, layer, &cache, tokens);
             let rows = device.zeros(DType::F32, t * stride);
-            gather(&s, layer, &cache, &rows, stride, 1, 2 + width, &slots, t);
+            gather(&s, layer, &cache, Tokens { rows: &rows, ..tokens });
             let (got, want) = (s.read::<f32>(&rows).wait().unwrap(), s.read::<f32>(&x).wait().unwrap());
             for (i, (&g, w)) in got.iter().zip(want).enumerate() {
                 let column = i % stride;
@@ -277,7 +301,7 @@ mod tests {
             add_block(&s, &cache, 3, 0);
             let one = device.upload(&[5u32]);
             let row = device.zeros(DType::F32, stride);
-            gather(&s, layer, &cache, &row, stride, 1, 2 + width, &one, 1);
+            gather(&s, layer, &cache, Tokens { rows: &row, slots: &one, n: 1, ..tokens });
             let row = s.read::<f32>(&row).wait().unwrap();
             assert_eq!(row[1], 2.0 * ((BLOCK - 6) * stride + 1) as f32);
             assert_eq!(row[2 + width], 2.0 * ((BLOCK - 6) * stride + 2 + width) as f32);
@@ -294,10 +318,11 @@ mod tests {
             [|i| i + 21, |i| 127 - i, |i| i * 37 % 128, |i| (i / 5 * 15 + i % 5) % 128];
         for order in orders {
             for d in devices() {
-                let (s, cache) = (d.stream(), KvCache::new(&d, 1, blocks, heads, hd));
+                let (s, cache) = (d.stream(), KvCache::new(&d, DType::F32, 1, blocks, heads, hd));
                 let (layer, x) = (&cache.layers[0], noise(t * stride, 1));
                 let at: Vec<u32> = (0..t).map(|i| order(i) as u32).collect();
-                write(&s, layer, &cache, &d.upload(&x), stride, 2, 3 + width, &d.upload(&at), t);
+                let (rows, at) = (d.upload(&x), d.upload(&at));
+                write(&s, layer, &cache, Tokens { rows: &rows, stride, k: 2, v: 3 + width, slots: &at, n: t });
                 let (k, v) = (s.read::<f32>(&layer.k).wait().unwrap(), s.read::<f32>(&layer.v).wait().unwrap());
                 assert_eq!((k.len(), v.len()), (slots * width, slots * heads * padded(hd)));
                 for (i, head, c) in (0..t).flat_map(|i| (0..width).map(move |c| (i, c / hd, c % hd))) {

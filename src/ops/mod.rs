@@ -9,6 +9,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod cast;
 pub mod embedding;
 pub mod gelu;
 pub mod kv_cache;

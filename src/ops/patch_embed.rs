@@ -4,11 +4,12 @@
 //! blocks (block row, block column, row in the block, column in the block), as the merger wants them; the inputs of a row
 //! are ordered (channel, frame, y, x). A still image fills both frames of the temporal patch.
 //!
-//! The normalised pixels never exist for a whole image: 512 patches at a time are written into a scratch tile and
-//! multiplied. How patches fall into tiles changes no bit.
+//! The normalised pixels never exist for a whole image. On the host's cores 512 patches at a time are written into a scratch
+//! tile and multiplied; a GPU's kernel loads levels and normalises them as it multiplies. How patches fall into tiles changes no
+//! bit.
 
 use super::linear::{self, Epilogue, Weight};
-use crate::device::{Backend, Buffer, DType, Stream};
+use crate::device::{Arg, Backend, Buffer, DType, Gpu, Launch, Stream};
 
 /// Pixels per side of a patch.
 pub const PATCH: usize = 14;
@@ -25,6 +26,17 @@ pub const INPUTS: usize = CHANNELS * FRAMES * PATCH * PATCH;
 const TILE: usize = linear::BATCH;
 /// Patches per work item while a tile is filled.
 const PATCHES: usize = 16;
+
+/// Of the GPU's kernels: patches and outputs of a tile, threads of the blocks, their shared memory.
+const TILE_M: usize = 128;
+const TILE_N: usize = 128;
+const THREADS: usize = 256;
+const SHARED_BYTES: usize = TILE_M * ROW + 3 * 2 * TILE_N * FRAMES * 16;
+const PATCHES_THREADS: usize = 96;
+/// Inputs of one frame, padded to whole steps of the product.
+const ROW: usize = (INPUTS / FRAMES).next_multiple_of(16);
+/// Patches that are written out at a time for the weight's gradient, 10 MB.
+const WRITTEN: usize = 8192;
 
 /// Where an image lies in a buffer of pixels, and its size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +73,9 @@ impl Geometry {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Normalize {
     lut: [[f32; 256]; CHANNELS],
+    /// The same as `level * scale + shift`, but for the last bits.
+    scale: [f32; CHANNELS],
+    shift: [f32; CHANNELS],
 }
 
 impl Normalize {
@@ -68,7 +83,20 @@ impl Normalize {
     /// is a product with 1/255 in f64, rounded to f32; the rest is f32.
     pub fn new(mean: [f32; CHANNELS], std: [f32; CHANNELS]) -> Normalize {
         let level = |c: usize, i: usize| ((i as f64 * (1.0 / 255.0)) as f32 - mean[c]) / std[c];
-        Normalize { lut: std::array::from_fn(|c| std::array::from_fn(|i| level(c, i))) }
+        let [mean64, std64] = [mean, std].map(|of| of.map(f64::from));
+        Normalize {
+            lut: std::array::from_fn(|c| std::array::from_fn(|i| level(c, i))),
+            scale: std64.map(|s| (1.0 / (255.0 * s)) as f32),
+            shift: std::array::from_fn(|c| (-mean64[c] / std64[c]) as f32),
+        }
+    }
+}
+
+impl Normalize {
+    /// As the kernels take it.
+    fn args(&self) -> [Arg<'static>; 2 * CHANNELS] {
+        let [[a, b, c], [d, e, f]] = [self.scale, self.shift].map(|of| of.map(Arg::F32));
+        [a, b, c, d, e, f]
     }
 }
 
@@ -78,6 +106,18 @@ pub fn forward(s: &Stream, pixels: &Buffer, images: &[Geometry], normalize: &Nor
     assert_eq!(w.k, INPUTS, "a patch embedding of {INPUTS} inputs");
     let patches = check(pixels, images);
     assert!(out.len() >= patches * w.n, "an output of [{patches}, {}]", w.n);
+    if let Backend::Gpu(gpu) = s.backend() {
+        if patches * w.n > 0 {
+            let [table] = gpu.scratch([(DType::U32, 3 * images.len())]);
+            write_table(s, images, &table);
+            let sizes = [images.len(), patches, w.n].map(Arg::len);
+            let buffers = [pixels, &table, &w.data, out].map(Arg::Buffer);
+            let grid = [patches.div_ceil(TILE_M) as u32, w.n.div_ceil(TILE_N) as u32, 1];
+            let shape = Launch { grid, ..Launch::linear(1, THREADS).shared(SHARED_BYTES) };
+            gpu.launch("patch_embed_forward", shape, &[&buffers[..], &sizes, &normalize.args()].concat());
+        }
+        return;
+    }
     tiles(s, pixels, images, normalize, |tile, first, rows| {
         linear::forward(s, tile, w, Epilogue::None, &out.view(first * w.n, rows * w.n), rows);
     });
@@ -98,9 +138,54 @@ pub fn backward_weight(
     }
     let n = dy.len() / patches;
     assert_eq!(dy.len(), patches * n, "a gradient of {patches} rows");
+    if let Backend::Gpu(gpu) = s.backend() {
+        return gpu_backward_weight(s, gpu, pixels, images, normalize, dy, dw, [patches, n]);
+    }
     tiles(s, pixels, images, normalize, |tile, first, rows| {
         linear::backward_weight(s, &dy.view(first * n, rows * n), &tile.view(0, rows * INPUTS), dw, rows);
     });
+}
+
+/// Both frames of a patch are the same pixels, and so are both halves of the gradient: the product is made for one.
+fn gpu_backward_weight(
+    s: &Stream,
+    gpu: &Gpu,
+    pixels: &Buffer,
+    images: &[Geometry],
+    normalize: &Normalize,
+    dy: &Buffer,
+    dw: &Buffer,
+    [patches, n]: [usize; 2],
+) {
+    assert_eq!(dw.len(), n * INPUTS, "a weight's gradient of [{n}, {INPUTS}]");
+    let tile = patches.min(WRITTEN);
+    let [table, written, frame] =
+        gpu.scratch([(DType::U32, 3 * images.len()), (DType::BF16, tile * ROW), (DType::F32, n * ROW)]);
+    write_table(s, images, &table);
+    for first in (0..patches).step_by(tile) {
+        let rows = tile.min(patches - first);
+        let [pixels, table, to] = [pixels, &table, &written].map(Arg::Buffer);
+        let args = [pixels, table, to, Arg::len(images.len()), Arg::len(first)];
+        let shape = Launch::linear(rows, PATCHES_THREADS);
+        gpu.launch("patch_embed_patches", shape, &[&args[..], &normalize.args()].concat());
+        gpu.matmul(&dy.view(first * n, rows * n), true, &written, &frame, [n, ROW, rows], first > 0);
+    }
+    let shape = Launch::linear(dw.len().div_ceil(THREADS), THREADS);
+    gpu.launch("patch_embed_add_frames", shape, &[Arg::Buffer(&frame), Arg::Buffer(dw), Arg::len(n)]);
+}
+
+/// Where the kernels find the images: of each the first row, the byte where it begins, and its patches across.
+fn write_table(s: &Stream, images: &[Geometry], table: &Buffer) {
+    let mut row = 0;
+    let firsts = images.iter().map(|image| {
+        let first = row;
+        row += image.patches();
+        first
+    });
+    let columns =
+        [firsts.collect(), images.iter().map(|i| i.offset).collect(), images.iter().map(|i| i.grid_w).collect()];
+    let values: Vec<u32> = columns.into_iter().flat_map(|column: Vec<usize>| column).map(|v| v as u32).collect();
+    s.write(table, &values);
 }
 
 /// The normalised patches of one image, `[patches, INPUTS]`: what the reference calls `pixel_values`. On the host, for
@@ -117,6 +202,7 @@ fn check(pixels: &Buffer, images: &[Geometry]) -> usize {
     for i in images {
         assert!(i.grid_h % MERGE == 0 && i.grid_w % MERGE == 0, "a grid of whole blocks: {i:?}");
         assert!(i.offset + i.bytes() <= pixels.len(), "{i:?} in {} bytes of pixels", pixels.len());
+        assert!(u32::try_from(i.offset).is_ok(), "{i:?} begins past 4 GiB of pixels");
     }
     images.iter().map(Geometry::patches).sum()
 }
@@ -157,7 +243,7 @@ fn tiles(
                     }
                 });
             }),
-            Backend::Gpu(gpu) => gpu.missing("patch_embed"),
+            Backend::Gpu(_) => unreachable!("tiles are the host's way"),
         }
         then(&tile, first, rows);
     }
@@ -206,6 +292,15 @@ mod tests {
         let bits =
             clip().lut.into_iter().flatten().fold(0u64, |h, x| h.wrapping_mul(31).wrapping_add(x.to_bits() as u64));
         assert_eq!(bits, 0xb73d_1390_a53f_0b7d);
+    }
+
+    #[test]
+    fn a_product_and_a_sum_make_the_same_bf16_values() {
+        let n = clip();
+        for (c, level) in (0..CHANNELS).flat_map(|c| (0..256).map(move |i| (c, i))) {
+            let fused = (level as f32).mul_add(n.scale[c], n.shift[c]);
+            assert_eq!(half::bf16::from_f32(fused), half::bf16::from_f32(n.lut[c][level]), "level {level} of {c}");
+        }
     }
 
     #[test]

@@ -5,47 +5,72 @@
 //! the first half of the pairs by the height and the second by the width. Angles are f32 products, and cosines and sines
 //! are taken of the rounded product, as the reference model was trained.
 
+use super::rows::eights;
 use super::simd::multiversion;
-use crate::device::{Backend, Buffer, SendPtr, Stream};
+use crate::device::{Arg, Backend, Buffer, Launch, SendPtr, Stream};
 
 /// Rows of a parallel item: enough work to be worth handing out.
 const ROWS: usize = 32;
 
-/// `theta^(-2i / dim)` for `i < dim / 2`, rounded where the reference rounds.
-fn frequencies(theta: f32, dim: usize) -> Vec<f32> {
-    let exponent = |i: usize| (2 * i) as f32 / dim as f32;
-    (0..dim / 2).map(|i| 1.0 / (f64::from(theta).powf(f64::from(exponent(i))) as f32)).collect()
+/// Rows that a thread of the tables' kernel fills, and the threads of its blocks.
+const TABLE_ROWS: usize = 8;
+const TABLE_THREADS: usize = 128;
+
+/// Which position turns which pair, and how far.
+#[derive(Clone, Copy)]
+struct Turns {
+    theta: f32,
+    pairs: usize,
+    /// Pairs below the first follow axis 0, below the second axis 1, the others axis 2.
+    ends: [usize; 2],
+    /// Pair i has frequency `theta^(-i / period)` of i modulo the period.
+    period: usize,
+    /// From the position of a row to that of the next, and from axis to axis.
+    steps: [usize; 2],
 }
 
-/// Fills `cos` and `sin` (`[t, pairs]`): pair i of a row turns by `frequency[i] * position(row, axis[i])`.
-fn tables(
-    s: &Stream,
-    positions: &Buffer,
-    axis: Vec<usize>,
-    frequency: Vec<f32>,
-    index: impl Fn(usize, usize) -> usize + Send + Sync + 'static,
-    cos: &Buffer,
-    sin: &Buffer,
-    t: usize,
-) {
-    let pairs = axis.len();
+impl Turns {
+    fn axis(self, pair: usize) -> usize {
+        self.ends.iter().filter(|&&end| pair >= end).count()
+    }
+
+    /// Rounded where the reference rounds.
+    fn frequency(self, pair: usize) -> f32 {
+        let exponent = (2 * (pair % self.period)) as f32 / (2 * self.period) as f32;
+        1.0 / (f64::from(self.theta).powf(f64::from(exponent)) as f32)
+    }
+}
+
+/// Fills `cos` and `sin` (`[t, pairs]`).
+fn tables(s: &Stream, positions: &Buffer, turns: Turns, cos: &Buffer, sin: &Buffer, t: usize) {
+    let Turns { pairs, steps, .. } = turns;
     assert!(cos.len() >= t * pairs && sin.len() >= t * pairs, "rope tables of {t} rows of {pairs}");
     let (positions, cos, sin) = (positions.clone(), cos.view(0, t * pairs), sin.view(0, t * pairs));
     match s.backend() {
         // SAFETY: launches run one after the other; the tables are different buffers.
         Backend::Cpu(s) => s.launch(move |pool| unsafe {
+            let (axis, frequency): (Vec<_>, Vec<_>) = (0..pairs).map(|i| (turns.axis(i), turns.frequency(i))).unzip();
             let (positions, sin) = (positions.get::<u32>(), SendPtr(sin.get_mut::<f32>().as_mut_ptr()));
             pool.chunks_mut(cos.get_mut::<f32>(), ROWS * pairs, |chunk, cos| {
                 for (j, cos) in cos.iter_mut().enumerate() {
                     let (row, pair) = (chunk * ROWS + j / pairs, j % pairs);
-                    let angle = positions[index(row, axis[pair])] as f32 * frequency[pair];
+                    let angle = positions[row * steps[0] + axis[pair] * steps[1]] as f32 * frequency[pair];
                     let (sine, cosine) = angle.sin_cos();
                     *cos = cosine;
                     *sin.get().add(row * pairs + pair) = sine;
                 }
             });
         }),
-        Backend::Gpu(gpu) => gpu.missing("rope"),
+        Backend::Gpu(gpu) if t * pairs > 0 => {
+            let Turns { theta, ends: [first, second], period, .. } = turns;
+            let sizes = [t, pairs, first, second, period, steps[0], steps[1]].map(Arg::len);
+            let blocks = Launch::linear(t.div_ceil(TABLE_ROWS), TABLE_THREADS);
+            let [x, _, z] = blocks.grid;
+            let shape = Launch { grid: [x, pairs.div_ceil(TABLE_THREADS) as u32, z], ..blocks };
+            let buffers = [&positions, &cos, &sin].map(Arg::Buffer);
+            gpu.launch("rope_tables", shape, &[&buffers[..], &sizes, &[Arg::F32(theta)]].concat());
+        }
+        Backend::Gpu(_) => {}
     }
 }
 
@@ -64,17 +89,17 @@ pub fn mrope_tables(
 ) {
     assert_eq!(mrope_section.iter().sum::<usize>(), hd / 2, "mrope_section {mrope_section:?} of a head of {hd}");
     assert!(positions.len() >= 3 * t, "{t} positions on three axes in a buffer of {}", positions.len());
-    let axis = (0..3).flat_map(|a| std::iter::repeat_n(a, mrope_section[a])).collect();
-    tables(s, positions, axis, frequencies(theta, hd), move |row, axis| axis * t + row, cos, sin, t);
+    let [time, height, _] = mrope_section;
+    let turns = Turns { theta, pairs: hd / 2, ends: [time, time + height], period: hd / 2, steps: [1, t] };
+    tables(s, positions, turns, cos, sin, t);
 }
 
 /// The vision tower's tables: `cos` and `sin` `[t, hd / 2]` from `pos_hw`, u32 `[t, 2]` (height, width) of each patch.
 pub fn vision_tables(s: &Stream, pos_hw: &Buffer, theta: f32, hd: usize, cos: &Buffer, sin: &Buffer, t: usize) {
     assert!(hd.is_multiple_of(4), "a vision head of {hd} is not a multiple of 4");
     assert!(pos_hw.len() >= 2 * t, "{t} patch positions in a buffer of {}", pos_hw.len());
-    let axis = (0..2).flat_map(|a| std::iter::repeat_n(a, hd / 4)).collect();
-    let f = frequencies(theta, hd / 2);
-    tables(s, pos_hw, axis, [f.clone(), f].concat(), |row, axis| row * 2 + axis, cos, sin, t);
+    let turns = Turns { theta, pairs: hd / 2, ends: [hd / 4, hd / 2], period: hd / 4, steps: [2, 1] };
+    tables(s, pos_hw, turns, cos, sin, t);
 }
 
 /// Turns `heads` heads of `hd` floats, side by side from column `col_offset` of each row of `x` (`[rows, row_stride]`),
@@ -112,7 +137,13 @@ pub fn rotate(
                 }
             });
         }),
-        Backend::Gpu(gpu) => gpu.missing("rope"),
+        Backend::Gpu(gpu) if rows * heads * pairs > 0 => {
+            let sizes = [rows, row_stride, col_offset, heads, pairs].map(Arg::len);
+            let buffers = [&x, &cos, &sin].map(Arg::Buffer);
+            let args = [&buffers[..], &sizes, &[Arg::F32(sign)]].concat();
+            gpu.launch("rope_rotate", eights(rows * heads, pairs), &args);
+        }
+        Backend::Gpu(_) => {}
     }
 }
 

@@ -1,32 +1,53 @@
 //! Moving and adding rows: gather, scatter and the additions that are their gradients.
 //!
-//! An index outside its matrix is a mistake of the caller and panics, and so is a destination that overlaps a source. Where several rows go to one place, they go in
-//! ascending order: work is cut by columns, never by rows.
+//! An index outside its matrix is a mistake of the caller and panics, and so is a destination that overlaps a source. Where
+//! several rows go to one place, they go in ascending order: on the host's cores work is cut by columns, never by rows; on a GPU
+//! two passes over the index find the first and the last row for each place, and the first adds all the others.
 
-use crate::device::{Backend, Buffer, Pool, SendPtr, Stream};
+use crate::device::{Arg, Backend, Buffer, DType, Gpu, Launch, Pool, SendPtr, Stream};
 
 /// Columns per work item of the ops that write to `dst[index]`.
 const COLS: usize = 256;
 const CHUNK: usize = 16_384;
 
+/// Threads of the kernels' blocks, of which each takes eight columns of a row; and of those that add the rows for one place.
+const THREADS: usize = 256;
+pub(super) const SUM_THREADS: usize = 128;
+
+/// The launch of a kernel whose threads each take eight columns of a row.
+pub(super) fn eights(rows: usize, columns: usize) -> Launch {
+    Launch::linear((rows * columns.div_ceil(8)).div_ceil(THREADS), THREADS)
+}
+
+/// For kernels that need to know which of the `n` rows that go to one place is the first and which the last: `[rows, 2]` of the
+/// workspace, written where the index names a row. An index of `u32::MAX` is no row.
+pub(super) fn ends(gpu: &Gpu, index: &Buffer, n: usize, rows: usize) -> Buffer {
+    let [ends] = gpu.scratch([(DType::U32, 2 * rows)]);
+    for pass in ["rows_forget", "rows_mark"] {
+        let args = [Arg::Buffer(index), Arg::Buffer(&ends), Arg::len(n)];
+        gpu.launch(pass, Launch::linear(n.div_ceil(THREADS), THREADS), &args);
+    }
+    ends
+}
+
 /// `dst[i, :] = src[index[i], :]` for i in `0..n`: src `[_, w]`, index u32 `[n]`, dst `[n, w]`.
 pub fn gather(s: &Stream, src: &Buffer, index: &Buffer, dst: &Buffer, n: usize, w: usize) {
-    by_rows(s, src, index, dst, n, w, |d, s| d.copy_from_slice(s));
+    by_rows(s, "rows_gather", src, index, dst, n, w, |d, s| d.copy_from_slice(s));
 }
 
 /// `dst[i, :] += src[index[i], :]` for i in `0..n`.
 pub fn gather_add(s: &Stream, src: &Buffer, index: &Buffer, dst: &Buffer, n: usize, w: usize) {
-    by_rows(s, src, index, dst, n, w, add_slice);
+    by_rows(s, "rows_gather_add", src, index, dst, n, w, add_slice);
 }
 
 /// `dst[index[i], :] = src[i, :]` for i in `0..n`; of rows that go to one place the last stays.
 pub fn scatter(s: &Stream, src: &Buffer, index: &Buffer, dst: &Buffer, n: usize, w: usize) {
-    by_cols(s, src, index, dst, n, w, |d, s| d.copy_from_slice(s));
+    by_cols(s, "rows_scatter", src, index, dst, n, w, |d, s| d.copy_from_slice(s));
 }
 
 /// `dst[index[i], :] += src[i, :]` for i ascending in `0..n`; rows may repeat.
 pub fn scatter_add(s: &Stream, src: &Buffer, index: &Buffer, dst: &Buffer, n: usize, w: usize) {
-    by_cols(s, src, index, dst, n, w, add_slice);
+    by_cols(s, "rows_scatter_add", src, index, dst, n, w, add_slice);
 }
 
 /// `y += x` over `len` elements.
@@ -40,7 +61,10 @@ pub fn add(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
             let (x, y) = unsafe { (x.get::<f32>(), y.get_mut::<f32>()) };
             pool.chunks_mut(&mut y[..len], CHUNK, |i, y| add_slice(y, &x[i * CHUNK..][..y.len()]));
         }),
-        Backend::Gpu(gpu) => gpu.missing("rows"),
+        Backend::Gpu(gpu) if len > 0 => {
+            gpu.launch("rows_add", eights(1, len), &[Arg::Buffer(&x), Arg::Buffer(&y), Arg::len(len)]);
+        }
+        Backend::Gpu(_) => {}
     }
 }
 
@@ -50,6 +74,7 @@ pub(super) fn add_slice(d: &mut [f32], s: &[f32]) {
 
 fn by_rows(
     s: &Stream,
+    kernel: &str,
     src: &Buffer,
     index: &Buffer,
     dst: &Buffer,
@@ -58,7 +83,11 @@ fn by_rows(
     put: impl Fn(&mut [f32], &[f32]) + Send + Sync + 'static,
 ) {
     assert!(dst.len() >= n * w, "a destination of [{n}, {w}]");
-    launch(s, src, index, dst, n, move |pool, src, index, dst| {
+    let gpu = |gpu: &Gpu, index: &Buffer| {
+        let args = [Arg::Buffer(src), Arg::Buffer(index), Arg::Buffer(dst), Arg::len(n), Arg::len(w)];
+        gpu.launch(kernel, eights(n, w), &args);
+    };
+    launch(s, src, index, dst, n, w, gpu, move |pool, src, index, dst| {
         let per = (CHUNK / w.max(1)).max(1);
         pool.chunks_mut(&mut dst[..n * w], per * w, |i, d| {
             for (j, d) in d.chunks_exact_mut(w).enumerate() {
@@ -70,6 +99,7 @@ fn by_rows(
 
 fn by_cols(
     s: &Stream,
+    kernel: &str,
     src: &Buffer,
     index: &Buffer,
     dst: &Buffer,
@@ -78,7 +108,13 @@ fn by_cols(
     put: impl Fn(&mut [f32], &[f32]) + Send + Sync + 'static,
 ) {
     assert!(src.len() >= n * w, "a source of [{n}, {w}]");
-    launch(s, src, index, dst, n, move |pool, src, index, dst| {
+    let gpu = |gpu: &Gpu, index: &Buffer| {
+        let ends = ends(gpu, index, n, dst.len() / w);
+        let shape = if kernel == "rows_scatter" { eights(n, w) } else { Launch::linear(n, SUM_THREADS) };
+        let [src, index, ends, dst] = [src, index, &ends, dst].map(Arg::Buffer);
+        gpu.launch(kernel, shape, &[src, index, ends, dst, Arg::len(n), Arg::len(w)]);
+    };
+    launch(s, src, index, dst, n, w, gpu, move |pool, src, index, dst| {
         let (len, dst) = (dst.len(), SendPtr(dst.as_mut_ptr()));
         // A few rows are not worth waking a thread.
         let cols = if n * w <= CHUNK { w } else { COLS };
@@ -94,13 +130,15 @@ fn by_cols(
     });
 }
 
-/// Launches `f(pool, src, the first n indices, dst)`.
+/// Launches `f(pool, src, the first n indices, dst)`, or calls `gpu` with the indices where there is something to do.
 fn launch(
     s: &Stream,
     src: &Buffer,
     index: &Buffer,
     dst: &Buffer,
     n: usize,
+    w: usize,
+    gpu: impl FnOnce(&Gpu, &Buffer),
     f: impl FnOnce(&Pool, &[f32], &[u32], &mut [f32]) + Send + 'static,
 ) {
     assert!(!dst.overlaps(src) && !dst.overlaps(index), "rows moved into a buffer that overlaps where they come from");
@@ -111,7 +149,8 @@ fn launch(
             let (src, index, dst) = unsafe { (src.get(), index.get(), dst.get_mut()) };
             f(pool, src, index, dst);
         }),
-        Backend::Gpu(gpu) => gpu.missing("rows"),
+        Backend::Gpu(card) if n * w > 0 => gpu(card, &index),
+        Backend::Gpu(_) => {}
     }
 }
 

@@ -115,17 +115,19 @@ impl Learner {
     pub fn new(model: Arc<Model>, options: &Optim, forbidden: &[u32]) -> Result<Learner> {
         let device = model.device().clone();
         let c = &model.config;
-        // The gradients and two moments.
-        let mirrors = 3 * model.params.trainable().len() * DType::F32.size();
+        // The gradients and two moments, and masters of weights that are bf16.
+        let mirrors = if device.float() == DType::F32 { 3 } else { 4 };
+        let mirrors = mirrors * model.params.trainable().len() * DType::F32.size();
         device.check_room(
             mirrors + LOGIT_BYTES,
             "gradients and the optimizer's moments",
             "freeze the vision tower (model.freeze_vision), lower rollout.kv_cache_mib, use a smaller model or a larger machine",
         )?;
+        let stream = device.stream();
         Ok(Learner {
-            stream: device.stream(),
             grads: GradStore::new(&model),
-            optimizer: Optimizer::new(&model.params, &device),
+            optimizer: Optimizer::new(&model.params, &stream),
+            stream,
             options: options.clone(),
             room: None,
             logits: loss::Workspace::new(&device, c.vocab_size, c.hidden_size, usize::MAX, LOGIT_BYTES),

@@ -1,9 +1,10 @@
 //! AdamW over the flat parameters: clipping by global norm, and no step where a gradient is not finite.
 
 use super::config::Optim;
-use crate::device::{Buffer, DType, Device, Stream};
+use crate::device::{Buffer, DType, Stream};
 use crate::model::{ParamStore, Segment};
 use crate::ops::adamw::{self, AdamW, Params};
+use crate::ops::cast;
 use crate::{Error, Result};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
@@ -14,10 +15,12 @@ use std::path::Path;
 /// So many skipped updates in a row are not bad luck.
 const SKIPS_ALLOWED: u64 = 10;
 
-/// The moments of AdamW, mirroring the trainable front of the parameters.
+/// The moments of AdamW, mirroring the trainable front of the parameters, and f32 masters of parameters that are bf16.
 pub struct Optimizer {
     m: Buffer,
     v: Buffer,
+    /// `None` where the parameters are f32 themselves.
+    master: Option<Buffer>,
     norm: Buffer,
     updates: u64,
     skipped_in_a_row: u64,
@@ -33,10 +36,17 @@ pub struct Update {
 }
 
 impl Optimizer {
-    /// For `params`, before the first update.
-    pub fn new(params: &ParamStore, device: &Device) -> Optimizer {
+    /// For `params`, before the first update. Masters are submitted to `s` as copies.
+    pub fn new(params: &ParamStore, s: &Stream) -> Optimizer {
+        let device = s.device();
+        let mirror = || params.mirror(device);
+        let master = (params.flat.dtype() != DType::F32).then(|| {
+            let master = mirror();
+            cast::cast(s, &params.flat, &master, master.len());
+            master
+        });
         let norm = device.zeros(DType::F32, 1);
-        Optimizer { m: params.mirror(device), v: params.mirror(device), norm, updates: 0, skipped_in_a_row: 0 }
+        Optimizer { m: mirror(), v: mirror(), master, norm, updates: 0, skipped_in_a_row: 0 }
     }
 
     /// Updates taken so far; the count rises before any parameter moves.
@@ -84,23 +94,16 @@ impl Optimizer {
         let scale = if o.max_grad_norm > 0.0 { (o.max_grad_norm as f32 / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
         for (range, weight_decay) in [(params.decayed(), o.weight_decay), (params.not_decayed(), 0.0)] {
             let view = |b: &Buffer| b.view(range.start, range.len());
+            let (weights, master) = (view(&params.flat), self.master.as_ref().map(view));
+            let target = master.as_ref().map_or(Params::Float(&weights), |m| Params::Masters(m, &weights));
             let hyper = AdamW { lr, beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay };
-            adamw::step(
-                s,
-                Params::Float(&view(&params.flat)),
-                &view(grads),
-                &view(&self.m),
-                &view(&self.v),
-                hyper,
-                self.updates,
-                scale,
-            );
+            adamw::step(s, target, &view(grads), &view(&self.m), &view(&self.v), hyper, self.updates, scale);
         }
         Ok(Update { grad_norm, applied: true })
     }
 
     /// Writes the moments as a safetensors file: `m.NAME` and `v.NAME` for each trainable segment, row-major whatever
-    /// the device's layout.
+    /// the device's layout; and `master.NAME` where there are masters.
     ///
     /// # Errors
     /// [`Error::Io`] when it cannot be written.
@@ -164,9 +167,10 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Both moments of every trainable segment: the name in a file, the segment, the buffer.
+    /// Both moments and the master of every trainable segment: the name in a file, the segment, the buffer.
     fn tensors<'a>(&'a self, params: &'a ParamStore) -> impl Iterator<Item = (String, &'a Segment, &'a Buffer)> {
-        [("m", &self.m), ("v", &self.v)].into_iter().flat_map(move |(which, flat)| {
+        let master = self.master.as_ref().map(|master| ("master", master));
+        [("m", &self.m), ("v", &self.v)].into_iter().chain(master).flat_map(move |(which, flat)| {
             let segments = params.segments().iter().filter(|g| g.trainable);
             segments.map(move |g| (format!("{which}.{}", g.name), g, flat))
         })
@@ -176,6 +180,7 @@ impl Optimizer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Device;
     use crate::model::{LoadOptions, Model, Preset};
 
     fn model(d: &Device, freeze_vision: bool) -> Model {
@@ -209,7 +214,7 @@ mod tests {
             let before = read(&s, &p.flat);
             let g = grads(&m, &d, 3.0);
             let o = Optim { weight_decay: 0.1, max_grad_norm: 0.5, ..Default::default() };
-            let mut opt = Optimizer::new(p, &d);
+            let mut opt = Optimizer::new(p, &d.stream());
             let got = opt.step(&s, p, &g, &o, 1e-2).unwrap();
             assert!(got.applied && opt.updates() == 1);
             let (after, g) = (read(&s, &p.flat), read(&s, &g));
@@ -231,7 +236,7 @@ mod tests {
     fn a_gradient_that_is_not_finite_moves_nothing() {
         let d = Device::cpu(2);
         let (m, s) = (model(&d, true), d.stream());
-        let mut opt = Optimizer::new(&m.params, &d);
+        let mut opt = Optimizer::new(&m.params, &d.stream());
         let bad = grads(&m, &d, 1.0);
         s.write(&bad.view(1000, 1), &[f32::NAN]);
         let before = read(&s, &m.params.flat);
@@ -253,11 +258,11 @@ mod tests {
         let o = Optim::default();
         let run = |stop: Option<u64>| {
             let (m, s) = (model(&d, false), d.stream());
-            let mut opt = Optimizer::new(&m.params, &d);
+            let mut opt = Optimizer::new(&m.params, &d.stream());
             for i in 0..4 {
                 if stop == Some(i) {
                     opt.save(&s, &m.params, &path).unwrap();
-                    opt = Optimizer::new(&m.params, &d);
+                    opt = Optimizer::new(&m.params, &d.stream());
                     opt.load(&s, &m.params, &path).unwrap();
                 }
                 opt.step(&s, &m.params, &grads(&m, &d, 1.0 + i as f32), &o, 1e-3).unwrap();
@@ -274,13 +279,13 @@ mod tests {
         let path = dir.path().join("optimizer.safetensors");
         let d = Device::cpu(1);
         let (frozen, whole, s) = (model(&d, true), model(&d, false), d.stream());
-        Optimizer::new(&frozen.params, &d).save(&s, &frozen.params, &path).unwrap();
-        let mut opt = Optimizer::new(&whole.params, &d);
+        Optimizer::new(&frozen.params, &d.stream()).save(&s, &frozen.params, &path).unwrap();
+        let mut opt = Optimizer::new(&whole.params, &d.stream());
         let e = opt.load(&s, &whole.params, &path).unwrap_err().to_string();
         assert!(e.contains("optimizer.safetensors") && e.contains("freeze_vision"), "{e}");
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
-        let mut opt = Optimizer::new(&frozen.params, &d);
+        let mut opt = Optimizer::new(&frozen.params, &d.stream());
         assert!(opt.load(&s, &frozen.params, &path).unwrap_err().to_string().contains("optimizer.safetensors"));
     }
 }

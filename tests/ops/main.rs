@@ -7,9 +7,16 @@
 
 mod adamw;
 mod attention;
+mod cast;
+mod embedding;
+mod gelu;
+mod kv_cache;
 mod linear;
 mod loss;
+mod patch_embed;
 mod rms_norm;
+mod rope;
+mod rows;
 mod sample;
 mod swiglu;
 

@@ -44,5 +44,5 @@ pub fn text(kind: usize, n: usize) -> Vec<u32> {
 /// Bytes of `pages` pages of the KV cache.
 pub fn kv_bytes(model: &Model, pages: usize) -> usize {
     let c = &model.config;
-    pages * KvCache::bytes_per_block(c.layers, c.kv_heads, c.head_dim())
+    pages * KvCache::bytes_per_block(model.device().float(), c.layers, c.kv_heads, c.head_dim())
 }

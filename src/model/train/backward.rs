@@ -65,8 +65,7 @@ pub fn backward(
         for &(copy, original) in &batch.copied_blocks {
             kv_cache::add_block(s, dcache, copy, original);
         }
-        let (k, v) = (shape.q_width(), shape.q_width() + shape.kv_width());
-        kv_cache::gather(s, dkv, dcache, &d.qkv, width, k, v, &b.slots, t);
+        kv_cache::gather(s, dkv, dcache, shape.kv_tokens(&d.qkv, &b.slots, t));
         layer::backward_before_attention(s, &shape, p, g, &acts.rope, x, a, d, dx, t);
     }
     let dtable = grads.text.embed.as_ref().map_or(Table::Packed(&grads.text.head), Table::Rows);

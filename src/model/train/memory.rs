@@ -1,7 +1,7 @@
 //! What training keeps: activations of every layer, or of as many as a budget allows; the rest is computed a second time,
 //! by the same launches on the same inputs, so with the same bits.
 
-use crate::device::{Buffer, Device, Stream};
+use crate::device::{Buffer, DType, Device, Stream};
 use crate::model::layer::{LayerActs, LayerGrads, LayerShape};
 use crate::model::vision::GROUP;
 use crate::model::{Config, Model, ParamStore, TextParams, VisionParams};
@@ -106,7 +106,7 @@ impl MemoryPlan {
         // The merger, the position in the image; of each token the merger's output, twice, and where windows put it.
         let patch = vision + 3 * v.hidden_size + 2;
         let token = v.out_hidden_size + c.hidden_size + 3;
-        let pages = 2 * blocks * KvCache::bytes_per_block(1, c.kv_heads, c.head_dim());
+        let pages = 2 * blocks * KvCache::bytes_per_block(DType::F32, 1, c.kv_heads, c.head_dim());
         4 * (rows * row + patches * patch + patches / GROUP * token + 2) + patches * 3 * PATCH * PATCH + pages
     }
 }

@@ -22,7 +22,7 @@ use super::layer::Rope;
 use super::vision::{self, MergerActs, VisionBatch};
 use super::{Model, VisionWorkspace, decoder};
 use crate::Result;
-use crate::device::{Buffer, Stream};
+use crate::device::{Buffer, DType, Stream};
 use crate::ops::kv_cache::KvCache;
 use crate::ops::rms_norm;
 use memory::Tower;
@@ -79,7 +79,7 @@ impl Activations {
         let (c, d) = (&model.config, model.device());
         let BatchSize { rows, patches, blocks } = room;
         let (shape, vision_shape) = (c.layer_shape(), c.vision.layer_shape());
-        let cache = || KvCache::new(d, 1, blocks, c.kv_heads, c.head_dim());
+        let cache = |dtype: DType| KvCache::new(d, dtype, 1, blocks, c.kv_heads, c.head_dim());
         let frozen = || VisionPass::Frozen(Box::new(VisionWorkspace::new(c, d, patches)));
         let vision = match plan {
             Some(plan) if model.trains_vision() => VisionPass::Trained(Box::new(TrainedVision {
@@ -98,8 +98,8 @@ impl Activations {
                 None => Tower::forward_only(d, &shape, c.layers, rows),
             },
             rope: Rope::new(d, rows, shape.head_dim),
-            cache: cache(),
-            dcache: plan.map(|_| cache()),
+            cache: cache(d.float()),
+            dcache: plan.map(|_| cache(DType::F32)),
             hidden: d.alloc(d.float(), rows * c.hidden_size),
             vision_out: d.alloc(d.float(), patches / vision::GROUP * c.hidden_size),
             vision,

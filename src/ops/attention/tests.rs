@@ -3,7 +3,7 @@
 use super::kernels::{Exponent, Kernels, Product, available};
 use super::*;
 use crate::device::{DType, Device, Stream};
-use crate::ops::kv_cache::{self, KvCache};
+use crate::ops::kv_cache::{self, KvCache, Tokens};
 
 struct Rng(u64);
 impl Rng {
@@ -80,7 +80,7 @@ impl World {
     /// A cache full of NaN, but for the first `upto(seq)` tokens of each sequence.
     fn cache(&self, s: &Stream, upto: impl Fn(usize) -> usize) -> KvCache {
         let Shape { hkv, hd, .. } = self.shape;
-        let c = KvCache::new(s.device(), 1, self.pages, hkv, hd);
+        let c = KvCache::new(s.device(), DType::F32, 1, self.pages, hkv, hd);
         for b in [&c.layers[0].k, &c.layers[0].v] {
             s.write(b, &vec![f32::NAN; b.len()]);
         }
@@ -91,8 +91,9 @@ impl World {
                 .flat_map(|t| [&[7.0], &seq.k[t * w..(t + 1) * w], &seq.v[t * w..(t + 1) * w]].concat())
                 .collect();
             let d = s.device();
-            let slots = d.upload(&self.slots(i, 0..n));
-            kv_cache::write(s, &c.layers[0], &c, &d.upload(&rows), 2 * w + 1, 1, 1 + w, &slots, n);
+            let (rows, slots) = (d.upload(&rows), d.upload(&self.slots(i, 0..n)));
+            let tokens = Tokens { rows: &rows, stride: 2 * w + 1, k: 1, v: 1 + w, slots: &slots, n };
+            kv_cache::write(s, &c.layers[0], &c, tokens);
         }
         c
     }
@@ -318,7 +319,7 @@ fn paged_backward_is_its_derivative() {
             let (q, seg, stride) = (d.upload(&w.rows(&parts, 5)), w.segments(&d, &parts), hq * hd + 5);
             let layer = &cache.layers[0];
             paged_forward(&s, &q, stride, layer, &seg, hq, hkv, hd, shape.scale(), &out, Some(&lse));
-            let grads = KvCache::new(&d, 1, w.pages, hkv, hd);
+            let grads = KvCache::new(&d, DType::F32, 1, w.pages, hkv, hd);
             s.write(&grads.layers[0].k, &vec![0.5f32; grads.layers[0].k.len()]);
             s.write(&grads.layers[0].v, &vec![0.25f32; grads.layers[0].v.len()]);
             let (dq_got, dout) = (d.alloc(DType::F32, t * stride), d.upload(&dout));
@@ -329,7 +330,12 @@ fn paged_backward_is_its_derivative() {
             let n = w.pages * BLOCK;
             let (slots, width) = (d.upload(&(0..n as u32).collect::<Vec<_>>()), hkv * hd);
             let rows = d.zeros(DType::F32, n * 2 * width);
-            kv_cache::gather(&s, g, &grads, &rows, 2 * width, 0, width, &slots, n);
+            kv_cache::gather(
+                &s,
+                g,
+                &grads,
+                Tokens { rows: &rows, stride: 2 * width, k: 0, v: width, slots: &slots, n },
+            );
             let (dq_got, rows) = (s.read::<f32>(&dq_got).wait().unwrap(), s.read::<f32>(&rows).wait().unwrap());
             let beside = dq_got.chunks(stride).flat_map(|r| &r[hq * hd..]);
             assert!(beside.into_iter().all(|&x| x == 7.0), "columns beside the queries' gradients were written");
