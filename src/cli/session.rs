@@ -179,7 +179,7 @@ impl Session {
         let report = crate::report::write(&self.dir);
         match finished {
             Ok(Finished::Complete) => {
-                let newest = Checkpoints::new(&self.dir, 0).latest()?.0;
+                let newest = Checkpoints::new(&self.dir, 0).latest_listed()?.0;
                 if let Some(c) = newest {
                     say!("model   {}", c.path.display());
                 }
@@ -196,7 +196,7 @@ impl Session {
             ))),
             Err(e) => {
                 // A folder that cannot be listed must not hide the error that ended the run.
-                let saved = match Checkpoints::new(&self.dir, 0).latest().ok().and_then(|(newest, _)| newest) {
+                let saved = match Checkpoints::new(&self.dir, 0).latest_listed().ok().and_then(|(newest, _)| newest) {
                     Some(c) => format!("the run is saved as it was after step {}; to go on", c.state.step),
                     None => "no step of the run is saved; to begin again".to_owned(),
                 };
