@@ -153,7 +153,7 @@ impl Client {
                     s.image.height,
                     s.image.grid.patches()
                 ),
-                format!("resize images to fewer pixels, or raise EngineOptions::{option}"),
+                format!("resize images to fewer pixels, or raise {option}"),
             ));
         }
         if past + prompt.len() >= self.max_context {
@@ -165,7 +165,8 @@ impl Client {
     fn too_long(&self, tokens: usize, more: usize) -> Error {
         Error::limit(
             format!("{tokens} tokens and {more} to sample do not fit the context of {} tokens", self.max_context),
-            "shorten the prompt, or raise EngineOptions::max_context and EngineOptions::kv_bytes as far as the model allows",
+            "shorten the prompt, or allow a longer context as far as the model does: in a run file rollout.context and \
+             rollout.kv_cache_mib, in a program EngineOptions::max_context and kv_bytes",
         )
     }
 }
@@ -198,7 +199,8 @@ impl Engine {
                      step_tokens = {} leave no room for a single sequence",
                     options.kv_bytes, options.max_context, options.max_sequences, options.step_tokens
                 ),
-                "raise what is too small in EngineOptions",
+                "raise what is too small: in a run file rollout.kv_cache_mib, context, concurrency or batch_tokens, in a program \
+                 EngineOptions",
             ));
         }
         let forbidden = match options.forbidden {
@@ -230,15 +232,16 @@ impl Engine {
         model.device().check_room(
             needed,
             "this engine's caches and buffers",
-            "lower EngineOptions::kv_bytes, vision_bytes, max_sequences, step_tokens or step_patches",
+            "lower rollout.kv_cache_mib, vision_cache_mib, concurrency or batch_tokens, or model.max_pixels, in a run file; in a \
+             program EngineOptions::kv_bytes, vision_bytes, max_sequences, step_tokens or step_patches",
         )?;
         let row = c.hidden_size * model.device().float().size();
         let vision_rows = options.vision_bytes / row / vision::PAGE * vision::PAGE;
         let in_cache = vision_rows * 4;
         let max_patches = if in_cache < options.step_patches {
-            (in_cache, "vision_bytes")
+            (in_cache, "EngineOptions::vision_bytes (in a run file rollout.vision_cache_mib)")
         } else {
-            (options.step_patches, "step_patches")
+            (options.step_patches, "EngineOptions::step_patches (in a run file model.max_pixels)")
         };
         let limits = Limits {
             block: BLOCK,
