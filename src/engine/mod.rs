@@ -9,7 +9,8 @@
 //!
 //! How it works: continuous batching with prompts cut into chunks beside what decodes (Orca, OSDI '22; Sarathi,
 //! arXiv 2308.16369), a paged KV cache (vLLM, arXiv 2309.06180) whose full pages are shared by content, images encoded once
-//! and kept by content hash, recomputation where memory runs out. Every key of every cache contains the weight epoch.
+//! and kept by content hash, recomputation where memory runs out. Every key of every cache contains the epoch of the weights
+//! that it depends on: for images those of the vision tower alone.
 //!
 //! None of it shows in the results: a sequence's log-probabilities have the same bits alone, in a batch, through the
 //! caches, after preemption, and in the trainer, and a seed gives the same tokens whatever else runs.
@@ -35,7 +36,7 @@ pub use stats::Stats;
 
 use crate::error::panic_message;
 use crate::input::{Prompt, Tokenizer};
-use crate::model::{Config, Model};
+use crate::model::{Config, Model, Version};
 use crate::ops::kv_cache::{BLOCK, KvCache};
 use crate::{Error, Result};
 use generation::{Link, Writer};
@@ -315,13 +316,14 @@ impl Engine {
     /// their tokens and go on afterwards. Requests made meanwhile wait. Only now may the model's weights move:
     /// [`Learner::update`](crate::train::learner::Learner::update) is refused beside an engine that is not paused. If they did
     /// ([`Model::take_weights`]), everything cached is forgotten when the pause ends, and the weight epoch rises; sessions
-    /// and turns under way are computed again from their tokens when they next run.
+    /// and turns under way are computed again from their tokens when they next run. Encoded images stay where the vision tower
+    /// did not move ([`Model::take_trainable`] of a frozen one).
     ///
     /// # Errors
     /// If the engine has ended.
     pub fn pause(&self) -> Result<Paused<'_>> {
         let (idle, acknowledged) = channel();
-        let (hold, release): (Sender<()>, Receiver<()>) = channel();
+        let (hold, release): (Sender<bool>, Receiver<bool>) = channel();
         self.client.send(Command::Pause { idle, release })?;
         acknowledged.recv().map_err(|_| self.client.link.stopped())?;
         Ok(Paused { engine: self, hold, version: self.model.end_reading() })
@@ -369,17 +371,18 @@ fn run(mut worker: Worker, link: &Link) {
 /// An engine that holds still; dropping it lets the engine go on.
 pub struct Paused<'a> {
     engine: &'a Engine,
-    hold: Sender<()>,
+    hold: Sender<bool>,
     /// Of the weights that the engine's caches belong to.
-    version: u64,
+    version: Version,
 }
 
 impl Drop for Paused<'_> {
     fn drop(&mut self) {
         // Before the engine is let go, so that nobody takes the weights in between.
-        if self.engine.model.begin_reading() != self.version {
+        let now = self.engine.model.begin_reading();
+        if now != self.version {
             // A thread that has failed has no caches.
-            let _ = self.hold.send(());
+            let _ = self.hold.send(now.vision != self.version.vision);
         }
     }
 }
