@@ -1,4 +1,5 @@
 use super::escape::Escaped;
+use super::progress::duration;
 use super::{Record, TrajectoryStore, charts, episodes, read_metrics, store};
 use crate::{Error, Result};
 use std::fmt::Write;
@@ -66,9 +67,13 @@ pub fn write_with(run_dir: &Path, limits: &Limits) -> Result<PathBuf> {
 fn page(name: &str, records: &[Record], episodes: &str, images: &str, shown: usize, config: &str) -> String {
     let mut main = String::new();
     let _ = write!(main, "<h1>{}</h1>", Escaped(name));
-    let last = records.last();
-    let steps = records.iter().map(|r| r.step).max().unwrap_or(0);
-    let _ = write!(main, "<p class=\"sub\">{steps} steps in {}</p>", duration(last.map_or(0.0, |r| r.wall_s)));
+    let wall = duration(records.last().map_or(0.0, |r| r.wall_s) as u64);
+    match (steps, records.is_empty()) {
+        (_, true) => main.push_str("<p class=\"sub\">no step is complete yet</p>"),
+        (0, _) => main.push_str("<p class=\"sub\">no training</p>"),
+        (1, _) => drop(write!(main, "<p class=\"sub\">1 step in {wall}</p>")),
+        _ => drop(write!(main, "<p class=\"sub\">{steps} steps in {wall}</p>")),
+    }
     tiles(&mut main, records);
     let charts = charts::charts(records);
     if !charts.is_empty() {
@@ -134,12 +139,4 @@ fn tiles(html: &mut String, records: &[Record]) {
         let _ = write!(html, "{}</b></div>", text(*last));
     }
     html.push_str("</div>");
-}
-
-fn duration(seconds: f64) -> String {
-    match seconds as u64 {
-        s @ 0..60 => format!("{s} s"),
-        s @ 60..3600 => format!("{} min {} s", s / 60, s % 60),
-        s => format!("{} h {} min", s / 3600, s % 3600 / 60),
-    }
 }
