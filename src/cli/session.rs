@@ -224,6 +224,8 @@ impl Session {
                 "stopped after step {at}, which is saved\n  to go on: {}",
                 self.resume_command
             ))),
+            // What is no longer there cannot be gone on with.
+            Err(e) if !self.dir.join(CONFIG_FILE).exists() => Err(e),
             Err(e) => {
                 // A folder that cannot be listed must not hide the error that ended the run.
                 let saved = match Checkpoints::new(&self.dir, 0).latest_listed().ok().and_then(|(newest, _)| newest) {

@@ -75,7 +75,12 @@ impl Checkpoints {
     /// What `fill` gives, or [`Error::Io`]; the earlier checkpoints are then as they were, and of this one nothing is
     /// left.
     pub fn save(&self, state: &TrainState, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
-        fs::create_dir_all(&self.dir).map_err(|e| Error::io("create the folder", &self.dir, e))?;
+        match fs::create_dir(&self.dir) {
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(Error::io("create the folder", &self.dir, e));
+            }
+            _ => {}
+        }
         self.remove_leftovers();
         let temporary = self.dir.join(format!(".step-{}.tmp", state.step));
         let place = self.dir.join(format!("step-{}", state.step));

@@ -69,10 +69,7 @@ pub fn train(
             keeper.save(trainer.learner)?;
             Ok(Finished::Stopped { at: keeper.step() })
         }
-        Err(e) => {
-            keeper.save_after_failure(trainer.learner);
-            Err(e)
-        }
+        Err(e) => Err(keeper.failed(trainer.learner, e)),
     }
 }
 
