@@ -14,6 +14,7 @@ macro_rules! say {
 mod chat;
 mod doctor;
 mod eval;
+mod fit;
 mod init;
 mod inspect;
 mod quickstart;
