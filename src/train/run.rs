@@ -454,6 +454,7 @@ fn view(
         kind: t.kind.clone(),
         group: job.group,
         sample: t.sample,
+        of: job.samples as u64,
         question: t.question.clone(),
         answers: t.answers.clone(),
         prediction: t.answer().map(str::to_owned),
