@@ -16,7 +16,12 @@ fn main() -> varft::Result<()> {
     let device = Device::cpu(0); // all cores
     let (model, tokenizer, prompt) = match &arguments[..] {
         [folder, picture, question] => from_folder(&device, folder, picture, question)?,
-        _ => from_nothing(&device)?,
+        [] => from_nothing(&device)?,
+        _ => {
+            eprintln!("usage: rollouts [MODEL_FOLDER PICTURE QUESTION]");
+            eprintln!("  all three (the question in quotes), or none for a tiny model with random weights");
+            std::process::exit(2);
+        }
     };
 
     // One engine serves any number of requests and sessions, from any thread.

@@ -169,6 +169,93 @@ fn inspect_writes_what_the_model_makes_of_a_conversation() {
 }
 
 #[test]
+fn the_folder_of_a_run_stands_for_the_model_that_it_trained() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    assert!(varft(&["init", "tiny", &at("model")]).status.success());
+    let talk = "[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"}]\n";
+    std::fs::write(at("talks.jsonl"), talk).unwrap();
+    let keys = [
+        format!("model.path={}", at("model")),
+        format!("run.dir={}", at("")),
+        format!("sft.data={}", at("talks.jsonl")),
+        "optim.lr=0.01".into(),
+        "optim.steps=2".into(),
+        "sft.batch_size=1".into(),
+    ];
+    let o = varft(&with_sets(&["sft"], &keys.each_ref().map(String::as_str)));
+    assert!(o.status.success(), "{}", stderr(&o));
+    let (run, newest) = (at("run"), at("run/checkpoints/step-2"));
+    std::fs::write(at("talk.json"), r#"[{"role": "user", "content": "x"}]"#).unwrap();
+    let inspected = |model: &str| {
+        let o = varft(&["inspect", "--model", model, &at("talk.json"), "--out", &at("out")]);
+        assert!(o.status.success(), "{}", stderr(&o));
+        std::fs::read(at("out")).unwrap()
+    };
+    let trained = inspected(&newest);
+    assert!(inspected(&run) == trained && inspected(&at("model")) != trained);
+    let said = |model: &str| {
+        let o = chat(&[model, "--max-tokens", "8", "--context", "256"], "hello\n");
+        assert!(o.status.success(), "{}", stderr(&o));
+        stdout(&o)
+    };
+    assert_eq!(said(&run), said(&newest));
+    // Before its first checkpoint a run's model is the one that it began with.
+    std::fs::remove_dir_all(at("run/checkpoints")).unwrap();
+    assert!(inspected(&run) == inspected(&at("model")));
+    std::fs::remove_dir_all(at("model")).unwrap();
+    let o = chat(&[&run], "hello\n");
+    assert!(o.status.code() == Some(1) && stderr(&o).contains("no such folder"), "{}", stderr(&o));
+}
+
+#[test]
+fn a_question_that_cannot_fit_is_named_before_anything_is_asked() {
+    use varft::tasks::synthetic::{Config, Subset, Synthetic};
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    assert!(varft(&["init", "tiny", &at("model")]).status.success());
+    Synthetic::new(Config::default(), 1).unwrap().write_dataset(at("data"), Subset::Train, 6).unwrap();
+    let file = at("data/synthetic.json");
+    let mut rows: Vec<serde_json::Value> = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    for row in [2, 4] {
+        rows[row]["question"] = "Why? ".repeat(400).into();
+    }
+    std::fs::write(&file, serde_json::to_string(&rows).unwrap()).unwrap();
+    let (model, out) = (at("model"), at("out"));
+    let keys = [
+        "task.kind=mat",
+        &format!("task.train={file}"),
+        &format!("task.eval={file}"),
+        &format!("task.images={}", at("data/images")),
+        "rollout.context=700",
+    ];
+    let keys = [&SMALL[..], &keys].concat();
+    let told = |args: &[&str], parts: &[&str]| {
+        let o = varft(&with_sets(args, &keys));
+        let said = stderr(&o);
+        assert!(o.status.code() == Some(1) && parts.iter().all(|p| said.contains(p)), "{said}");
+        assert!(!said.contains("EngineOptions") && said.contains("rollout.context"), "{said}");
+    };
+    let row = "synthetic.json: row 2 (id 2): the prompt has";
+    told(&["rollout", "--model", &model, "--out", &out, "--items", "5"], &[row, "and one more item"]);
+    told(&["eval", "--model", &model, "--out", &out], &["item 2: the prompt has"]);
+    let (path, runs) = (format!("model.path={model}"), format!("run.dir={}", at("runs")));
+    told(&["train", "--set", &path, "--set", &runs], &[row, "and one more item"]);
+    assert!(!Path::new(&at("runs/run/config.toml")).exists());
+    // What is not asked need not fit.
+    let o = varft(&with_sets(&["rollout", "--model", &model, "--out", &out, "--items", "2"], &keys));
+    assert!(o.status.success(), "{}", stderr(&o));
+    // Made questions are measured without being made.
+    let keys = [&SMALL[..], &["rollout.context=40", "rollout.max_new_tokens=8", "task.train_items=100000"]].concat();
+    let o = varft(&with_sets(&["train", "--set", &path, "--set", &runs], &keys));
+    let said = stderr(&o);
+    assert!(
+        o.status.code() == Some(1) && said.contains("item 0 of the synthetic task") && said.contains("99999 more"),
+        "{said}"
+    );
+}
+
+#[test]
 fn inspect_names_what_it_cannot_read() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
@@ -408,6 +495,32 @@ fn ctrl_c_keeps_the_episodes_that_are_complete() {
 }
 
 #[test]
+fn a_quickstart_of_few_steps_needs_no_word_about_the_warm_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("quick").to_str().unwrap().to_string();
+    let small = ["optim.steps=2", "task.eval_items=2", "rollout.prompts=2", "rollout.group_size=2"];
+    let o = varft(&with_sets(&["quickstart", "--out", &run], &small));
+    let said = stderr(&o);
+    assert!(o.status.success(), "{said}");
+    let written = std::fs::read_to_string(format!("{run}/config.toml")).unwrap();
+    assert!(written.contains("steps = 2\n") && written.contains("warmup_steps = 2\n"), "{written}");
+    // Between the first step and the last there is something to say about the time.
+    let first = said.lines().find(|l| l.starts_with("train 1/2 [")).unwrap_or_else(|| panic!("{said}"));
+    assert!(first.contains(" left] "), "{first}");
+    let last = said.lines().find(|l| l.starts_with("train 2/2 [")).unwrap();
+    assert!(!last.contains(" left"), "{last}");
+    // Who sets the warm-up too is told what is wrong with it.
+    let o = varft(&with_sets(&["quickstart", "--out", &run], &["optim.steps=2", "optim.warmup_steps=3"]));
+    let said = stderr(&o);
+    assert!(
+        o.status.code() == Some(1)
+            && said.contains("`optim.warmup_steps` is 3")
+            && said.contains("never reach its peak"),
+        "{said}"
+    );
+}
+
+#[test]
 fn a_quickstart_that_was_interrupted_is_a_run_like_any_other() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("quick").to_str().unwrap().to_string();
@@ -473,8 +586,13 @@ fn chat_answers_through_a_pipe_and_remembers_until_it_is_reset() {
     assert!(o.status.code() == Some(1) && stderr(&o).contains("gone.png"), "{}", stderr(&o));
     let o = chat(&[&args[..], &["--context", "32"]].concat(), "hello\n");
     assert_eq!(o.status.code(), Some(2), "given twice");
-    let o = chat(&[&model, "--context", "32"], &"hello ".repeat(40));
-    assert!(o.status.code() == Some(1) && stderr(&o).contains("context"), "{}", stderr(&o));
+    for (context, hint) in [("32", "--context"), ("1000000", "all that the model takes")] {
+        let o = chat(&[&model, "--context", context], &"hello ".repeat(5000));
+        let said = stderr(&o);
+        assert!(o.status.code() == Some(1) && said.contains(hint) && said.contains("/reset"), "{said}");
+        assert!(!said.contains("EngineOptions"), "{said}");
+    }
+    assert_eq!(chat(&[&model, "--context", "1"], "").status.code(), Some(2));
 }
 
 #[test]

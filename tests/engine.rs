@@ -5,10 +5,10 @@ mod tiny;
 use std::sync::Arc;
 use tiny::{image, kv_bytes, model, text};
 use varft::Error;
-use varft::device::Device;
+use varft::device::{Buffer, Device};
 use varft::engine::{Completion, Engine, EngineOptions, Finish, Request, Sampling, Session};
 use varft::input::{Prompt, Tokenizer};
-use varft::model::Model;
+use varft::model::{LoadOptions, Model, Preset};
 
 /// Small budgets: a test engine starts at once.
 fn options(model: &Model) -> EngineOptions {
@@ -377,6 +377,45 @@ fn changed_weights_invalidate_everything_and_sessions_go_on() {
     let kept = engine.stats();
     s.generate(sampling(2, 1)).unwrap().wait().unwrap();
     assert_eq!((engine.stats().epoch, engine.stats().prefill_tokens - kept.prefill_tokens), (1, 1));
+}
+
+#[test]
+fn images_outlast_updates_that_leave_the_vision_tower_alone() {
+    let device = Device::cpu(2);
+    for (freeze_vision, encoded) in [(true, 1), (false, 2)] {
+        let load = || {
+            let config = Preset::Tiny.config();
+            Arc::new(Model::random(config, 3, &device, &LoadOptions { freeze_vision, progress: false }).unwrap())
+        };
+        let (m, changed) = (load(), load());
+        let scale = |w: &Buffer| {
+            let (s, w) = (device.stream(), w.clone());
+            // SAFETY: the engine is paused or not started, and this is the only launch on the stream.
+            s.launch(move |_| {
+                unsafe { w.get_mut::<f32>() }.iter_mut().enumerate().for_each(|(i, x)| *x *= 1.0 + i as f32 / 40.0)
+            });
+            s.synchronize().unwrap();
+        };
+        scale(&changed.text.norm);
+        let engine = start(&m);
+        let p = picture_prompt(&m, 1, 60, 9);
+        one(&engine, &p, &sampling(1, 4));
+        {
+            let _paused = engine.pause().unwrap();
+            let _taken = m.take_trainable().unwrap();
+            scale(&m.text.norm);
+        }
+        assert_eq!(bits(&one(&engine, &p, &sampling(1, 4))), bits(&one(&start(&changed), &p, &sampling(1, 4))));
+        assert_eq!((engine.stats().images_encoded, engine.stats().epoch), (encoded, 1), "frozen: {freeze_vision}");
+        // Whoever takes all weights may have moved the tower too, frozen or not.
+        {
+            let _paused = engine.pause().unwrap();
+            let _taken = m.take_weights().unwrap();
+            [&m, &changed].into_iter().for_each(|m| scale(&m.vision.ln_q));
+        }
+        assert_eq!(bits(&one(&engine, &p, &sampling(1, 4))), bits(&one(&start(&changed), &p, &sampling(1, 4))));
+        assert_eq!((engine.stats().images_encoded, engine.stats().epoch), (encoded + 1, 2));
+    }
 }
 
 #[test]

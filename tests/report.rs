@@ -56,6 +56,7 @@ fn episode(store: &TrajectoryStore, phase: Phase, step: u64, group: u64, sample:
         kind: "rotation180".into(),
         group,
         sample,
+        of: if phase == Phase::Train { 4 } else { 1 },
         question: "Which word is written on the sign?".into(),
         answers: vec!["HARBOUR".into()],
         prediction: Some(answer.into()),
@@ -109,9 +110,10 @@ fn run(dir: &Path, steps: u64) -> TrajectoryStore {
         .unwrap();
         let all: Vec<_> = (0..2)
             .flat_map(|g| (0..4).map(move |n| (g, n)))
-            .map(|(g, n)| episode(&store, Phase::Train, s, g, n))
+            .map(|(g, n)| episode(&store, Phase::Train, s - 1, g, n))
             .collect();
-        store.write(Phase::Train, s, &all).unwrap();
+        // Filed, as a run does, under the updates that their policy had.
+        store.write(Phase::Train, s - 1, &all).unwrap();
     }
     std::fs::write(dir.join("config.toml"), "[algo]\nloss = \"dapo\"\n").unwrap();
     store
@@ -141,15 +143,51 @@ fn a_run_becomes_one_page_that_needs_nothing_else() {
 }
 
 #[test]
+fn the_page_says_how_much_of_the_run_it_shows_and_cuts_no_group() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = run(dir.path(), 40);
+    // Of 5 measurements of 4 episodes and 40 steps of 8 in groups of 4.
+    let limits = Limits { steps: 3, episodes: 18, ..Limits::default() };
+    let html = std::fs::read_to_string(write_with(dir.path(), &limits).unwrap()).unwrap();
+    assert!(
+        html.contains("24 of the 340 episodes that the run kept") && html.contains("6 of 45 measurements"),
+        "{html}"
+    );
+    let training =
+        ["Training, step 1<span> 4 of 8 episodes", "Training, step 20<span> 4 of 8", "Training, step 40<span> 4 of 8"];
+    let held_out = ["Held-out, after step 0<span> 4 of 4", "Held-out, after step 40<span> 4 of 4"];
+    for part in training.iter().chain(&held_out) {
+        assert!(html.contains(part), "{part}");
+    }
+    assert!(!html.contains("of its 4 episodes"), "groups are whole");
+    let file = store.files().unwrap().pop().unwrap();
+    let read = |max| store.read(&file, max).map(|(some, all)| (some.len(), all)).unwrap();
+    assert_eq!([3, 4, 7, 8, 9].map(read), [(3, 8), (4, 8), (4, 8), (8, 8), (8, 8)]);
+    // A group that the run itself did not keep whole, or that is larger than what may be shown.
+    let html = std::fs::read_to_string(write_with(dir.path(), &Limits { episodes: 2, steps: 1, ..limits }).unwrap());
+    assert!(html.unwrap().contains("2 of its 4 episodes"));
+}
+
+#[test]
+fn rollouts_without_training_have_no_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = TrajectoryStore::open(dir.path()).unwrap();
+    store.write(Phase::Train, 0, &[episode(&store, Phase::Train, 0, 0, 0)]).unwrap();
+    MetricsLog::open(dir.path(), 0, false).unwrap().log(0, &[("reward/mean", 0.5)]).unwrap();
+    let html = page(dir.path());
+    assert!(html.contains("<h3>Rollouts <span> 1 of 1") && html.contains("no training") && !html.contains("Training"));
+}
+
+#[test]
 fn the_page_can_be_made_from_parts_of_a_run() {
     let dir = tempfile::tempdir().unwrap();
     let e = write(dir.path()).unwrap_err().to_string();
     assert!(e.contains("runs/"), "{e}");
     MetricsLog::open(dir.path(), 0, false).unwrap();
-    assert!(page(dir.path()).contains("0 steps"));
+    assert!(page(dir.path()).contains("no step is complete yet"));
     let store = run(dir.path(), 3);
     let first = store.files().unwrap().remove(0);
-    let name = store.read(&first, 1).unwrap()[0].steps[0].image_before.clone().unwrap();
+    let name = store.read(&first, 1).unwrap().0[0].steps[0].image_before.clone().unwrap();
     std::fs::remove_file(store.image_path(&name).unwrap()).unwrap();
     assert!(page(dir.path()).contains("image left out"));
 }
@@ -219,6 +257,7 @@ fn a_resumed_run_drops_the_episodes_it_lost() {
     store.cut(2).unwrap();
     assert!(store.files().unwrap().iter().all(|f| f.step <= 2));
     let first = store.files().unwrap().remove(0);
-    let read = store.read(&first, 10).unwrap();
+    let (read, all) = store.read(&first, 10).unwrap();
+    assert_eq!(all, 4);
     assert_eq!(read[3], episode(&store, Phase::Eval, 0, 3, 0));
 }

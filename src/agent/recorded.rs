@@ -1,11 +1,13 @@
 use super::reward::Reward;
 use super::trajectory::{Author, Ending, Trajectory};
 use crate::input::{
-    ChatTemplate, Content, ImageSource, Message, Part, Preprocessor, Tokenizer, build_prompt, continue_prompt,
+    ChatTemplate, Content, Image, ImageProcessor, ImageSource, Message, Part, Preprocessor, Tokenizer, build_prompt,
+    continue_prompt, picture_size,
 };
 use crate::{Error, Result};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Conversations that others wrote down, to learn from: one JSON value per line, either a list of messages as Hugging
 /// Face writes them, or `{"messages": [...], "images": [path, ...]}`, whose images fill the image parts that name none,
@@ -67,6 +69,48 @@ impl Conversations {
         Ok(())
     }
 
+    /// Looks whether every conversation fits `max_tokens`, reading no more of its images than their sizes: the training should
+    /// not be what finds out.
+    ///
+    /// # Errors
+    /// As [`trajectory`](Self::trajectory), of the first that is not as it should be.
+    pub fn check_lengths(
+        &self,
+        tokenizer: &Tokenizer,
+        template: &ChatTemplate,
+        processor: &ImageProcessor,
+        max_tokens: usize,
+    ) -> Result<()> {
+        let one = |i: usize| -> Result<()> {
+            let outline = |path: &PathBuf| {
+                let size = picture_size(path, "an image", &processor.limits)?;
+                processor.outline(size, &path.display().to_string()).map(Arc::new)
+            };
+            let outlines = self.items[i].images.iter().map(outline).collect::<Result<Vec<_>>>();
+            outlines
+                .and_then(|images| self.read(i, &images, tokenizer, template, max_tokens))
+                .map(drop)
+                .map_err(|e| self.about(i, e))
+        };
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let part = self.items.len().div_ceil(threads).max(1);
+        std::thread::scope(|scope| {
+            let one = &one;
+            let parts: Vec<_> = (0..self.items.len())
+                .step_by(part)
+                .map(|first| {
+                    let work = move || (first..self.items.len().min(first + part)).try_for_each(one);
+                    let thread = std::thread::Builder::new().spawn_scoped(scope, work);
+                    thread.map_err(|e| Error::no_thread("a thread that measures conversations", e))
+                })
+                .collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<()>>| {
+                thread.join().unwrap_or_else(|panic| Err(Error::panicked("measuring the conversations", &*panic)))
+            };
+            parts.into_iter().try_for_each(|thread| join(thread?))
+        })
+    }
+
     /// How many there are; at least 1.
     pub fn count(&self) -> usize {
         self.items.len()
@@ -85,29 +129,31 @@ impl Conversations {
         preprocessor: &Preprocessor,
         max_tokens: usize,
     ) -> Result<Trajectory> {
-        self.read(i, tokenizer, template, preprocessor, max_tokens).map_err(|e| {
-            let place = format!("{}, line {}", self.path.display(), self.items[i].line);
-            match e {
-                Error::Input { what, mend } => Error::input(format!("{place}: {what}"), mend),
-                Error::Limit { what, mend } => Error::limit(format!("{place}: {what}"), mend),
-                Error::Io { action, path, source } => Error::io(format!("{action} (for {place})"), path, source),
-                e => e,
-            }
-        })
+        let images = preprocessor.load_all(self.items[i].images.iter().cloned().map(ImageSource::Path));
+        images.and_then(|images| self.read(i, &images, tokenizer, template, max_tokens)).map_err(|e| self.about(i, e))
     }
 
-    /// [`trajectory`](Self::trajectory), with errors that do not name the line.
+    /// An error about the `i`-th, with its line.
+    fn about(&self, i: usize, e: Error) -> Error {
+        let place = format!("{}, line {}", self.path.display(), self.items[i].line);
+        match e {
+            Error::Input { what, mend } => Error::input(format!("{place}: {what}"), mend),
+            Error::Limit { what, mend } => Error::limit(format!("{place}: {what}"), mend),
+            Error::Io { action, path, source } => Error::io(format!("{action} (for {place})"), path, source),
+            e => e,
+        }
+    }
+
+    /// [`trajectory`](Self::trajectory) with images at hand, and errors that do not name the line.
     fn read(
         &self,
         i: usize,
+        mut images: &[Arc<Image>],
         tokenizer: &Tokenizer,
         template: &ChatTemplate,
-        preprocessor: &Preprocessor,
         max_tokens: usize,
     ) -> Result<Trajectory> {
         let item = &self.items[i];
-        let all = preprocessor.load_all(item.images.iter().cloned().map(ImageSource::Path))?;
-        let mut images = all.as_slice();
         let mut take = |messages: &[Message]| {
             let n: usize = messages.iter().map(|m| m.image_sources().count()).sum();
             let (now, later) = images.split_at(n);
@@ -215,7 +261,6 @@ fn plain_text(message: &Message) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::input::ImageProcessor;
 
     fn open(text: &str) -> Result<Conversations> {
         let dir = tempfile::tempdir().unwrap();
@@ -291,5 +336,30 @@ mod tests {
             let e = told(i, template, most).unwrap();
             assert!(e.contains(&format!("talk.jsonl, line {line}")) && e.contains(why), "{e}");
         }
+    }
+
+    #[test]
+    fn lengths_are_known_without_the_pixels() {
+        let dir = tempfile::tempdir().unwrap();
+        let (picture, talks) = (dir.path().join("a.png"), dir.path().join("talk.jsonl"));
+        image::RgbImage::new(300, 170).save(&picture).unwrap();
+        let talk = |text: &str| {
+            format!(
+                r#"[{{"role":"user","content":[{{"type":"image","image":"a.png"}}]}},{{"role":"assistant","content":"{text}"}}]"#
+            )
+        };
+        std::fs::write(&talks, format!("{}\n{}\n{}\n", talk("a"), talk("b b b"), talk("c"))).unwrap();
+        let c = Conversations::open(&talks).unwrap();
+        let tokenizer = Tokenizer::from_bytes(include_bytes!("../cli/tiny/tokenizer.json"), "tiny").unwrap();
+        let (processor, template) = (ImageProcessor::default(), ChatTemplate::builtin());
+        let preprocessor = Preprocessor::new(processor.clone(), 1, 0).unwrap();
+        let longest = c.trajectory(1, &tokenizer, &template, &preprocessor, 1000).unwrap().sequence.len();
+        let told = |most| c.check_lengths(&tokenizer, &template, &processor, most).map_err(|e| e.to_string());
+        told(longest).unwrap();
+        let e = told(longest - 1).unwrap_err();
+        assert!(e.contains("talk.jsonl, line 2: ") && e.contains(&format!("{longest} tokens")), "{e}");
+        std::fs::write(&picture, "no picture").unwrap();
+        let e = told(1000).unwrap_err();
+        assert!(e.contains("talk.jsonl, line 1: ") && e.contains("a.png"), "{e}");
     }
 }

@@ -1,8 +1,10 @@
+use super::session::model_in;
 use super::setup::{Loaded, see_file};
 use crate::engine::{EngineOptions, Finish, Sampling, Session};
 use crate::input::{Detokenizer, Image, Message, Part, build_prompt, continue_prompt};
 use crate::train::RunConfig;
 use crate::{Error, Result};
+use clap::builder::RangedU64ValueParser;
 use std::io::{BufRead, IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,11 +12,11 @@ use std::sync::Arc;
 /// Talk to a model; it sees images
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  varft chat models/tiny --image photo.jpg\n  echo 'What is in the image?' | varft chat models/tiny --image photo.jpg\n\n\
+    after_help = "Example:\n  varft chat models/tiny --image photo.jpg\n  varft chat runs/quickstart\n  echo 'What is in the image?' | varft chat models/tiny --image photo.jpg\n\n\
                         One line is one message. /image FILE shows an image with the next message, /reset begins anew, /quit (or Ctrl-D) ends."
 )]
 pub(super) struct Args {
-    /// The model's folder
+    /// The model's folder, or that of a run, whose newest checkpoint is then the model
     model: PathBuf,
     /// Shows this image with the first message; may be repeated
     #[arg(long, value_name = "FILE")]
@@ -35,7 +37,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Tokens of the whole conversation at most
-    #[arg(long, default_value_t = 8192)]
+    #[arg(long, default_value_t = 8192, value_parser = RangedU64ValueParser::<usize>::new().range(2..=1 << 30))]
     context: usize,
     /// Threads; 0 for all cores
     #[arg(long, default_value_t = 0, value_parser = super::threads)]
@@ -43,18 +45,28 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    super::check_model_folder(&args.model)?;
-    let mut config = RunConfig::default();
-    config.model.path = args.model.display().to_string();
+    let mut config = RunConfig { model: model_in(&args.model)?, ..RunConfig::default() };
     config.run.threads = args.threads;
     config.rollout.context = args.context;
     config.rollout.concurrency = 1;
     let loaded = Loaded::new(&config, None)?;
     let model = &loaded.model.config;
+    let mib = |bytes: usize| bytes.div_ceil(1 << 20);
     let bytes = EngineOptions::kv_bytes_for(model, args.context.min(model.max_position_embeddings));
-    config.rollout.kv_cache_mib = bytes.div_ceil(1 << 20).max(512);
-    let engine = loaded.engine(&config)?;
-    let mut chat = Chat { args, loaded, session: engine.session(), images: Vec::new(), begun: false, ended: true };
+    config.rollout.kv_cache_mib = mib(bytes).max(512);
+    let patches = config.model.max_pixels / loaded.preprocessor.processor().patch.pow(2);
+    let bytes = EngineOptions::vision_bytes_for(model, patches);
+    config.rollout.vision_cache_mib = mib(bytes).max(config.rollout.vision_cache_mib);
+    let engine = loaded.engine(&config).map_err(|e| match e {
+        // Of what was planned, this is what a person who chats can change.
+        Error::Limit { what, .. } => {
+            Error::limit(what, format!("give less than --context {}, or use a machine with more memory", args.context))
+        }
+        e => e,
+    })?;
+    let most = engine.max_context();
+    let mut chat =
+        Chat { args, loaded, session: engine.session(), most, images: Vec::new(), begun: false, ended: true };
     for path in &args.image {
         chat.show(path)?;
     }
@@ -96,6 +108,8 @@ struct Chat<'a> {
     args: &'a Args,
     loaded: Loaded,
     session: Session,
+    /// Tokens that a conversation may have.
+    most: usize,
     /// To be shown with the next message.
     images: Vec<Arc<Image>>,
     begun: bool,
@@ -121,6 +135,20 @@ impl Chat<'_> {
             let system = self.args.system.as_ref().map(|s| Message::text("system", s));
             build_prompt(tokenizer, template, &system.into_iter().chain([user]).collect::<Vec<_>>(), &self.images)?
         };
+        let past = self.session.tokens()?.len();
+        if past + prompt.len() >= self.most {
+            return Err(Error::limit(
+                format!(
+                    "the conversation has {past} tokens and the message {}: no room for a reply in {}",
+                    prompt.len(),
+                    self.most
+                ),
+                match self.most < self.args.context {
+                    true => "say /reset to begin anew; this is all that the model takes",
+                    false => "say /reset to begin anew, or allow more with --context",
+                },
+            ));
+        }
         self.session.append(prompt)?;
         (self.begun, self.images) = (true, Vec::new());
         let special = tokenizer.special();

@@ -1,3 +1,4 @@
+use super::fit;
 use super::records::{ModelArgs, Records, ended_early};
 use super::session::stop_on_signal;
 use super::setup::{Loaded, held_out_examples, python};
@@ -5,8 +6,8 @@ use crate::agent::{Rollouts, Trajectory};
 use crate::model::write_atomically;
 use crate::report::Progress;
 use crate::report::view::Phase;
-use crate::tasks::Split;
 use crate::tasks::scorer::{Score, Scorer};
+use crate::tasks::{Outline, Split};
 use crate::train::config::TaskKind;
 use crate::train::run::{Evaluation, episode_metrics, eval_options, evaluate, views};
 use crate::{Error, Result};
@@ -44,6 +45,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let examples = held_out_examples(&config)?;
     let tool = python(&config)?;
     let loaded = Loaded::new(&config, None)?;
+    fit::check(&config, &loaded, examples.iter().map(|e| Ok(Outline::of(e))))?;
     let engine = loaded.engine(&config)?;
     let rollouts = loaded.rollouts(&config, &engine, tool, &stop);
     let rollouts = Rollouts { options: eval_options(&rollouts.options, &config), ..rollouts };

@@ -1,3 +1,4 @@
+use super::session::model_in;
 use crate::device::{DType, Device};
 use crate::input::{
     ChatTemplate, Image, ImageHash, ImageProcessor, ImageSource, Message, Preprocessor, Prompt, ResizeOrder, Tokenizer,
@@ -31,7 +32,7 @@ use std::sync::Arc;
 pub(super) struct Args {
     /// The conversation, in JSON
     conversation: PathBuf,
-    /// The model's folder
+    /// The model's folder, or that of a run, whose newest checkpoint is then the model
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// The file to write
@@ -49,7 +50,7 @@ pub(super) struct Args {
 const ROWS: usize = 64;
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    super::check_model_folder(&args.model)?;
+    let folder = PathBuf::from(model_in(&args.model)?.path);
     // Whatever the names are: links too.
     let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
     if same(&args.out, &args.conversation) {
@@ -59,8 +60,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         ));
     }
     let device = Device::cpu(args.threads);
-    let prompt = read_prompt(args, device.threads())?;
-    let model = Model::load(&args.model, &device, &LoadOptions { freeze_vision: true, progress: true })?;
+    let prompt = read_prompt(args, &folder, device.threads())?;
+    let model = Model::load(&folder, &device, &LoadOptions { freeze_vision: true, progress: true })?;
     let limit = model.config.max_position_embeddings;
     if prompt.len() > limit {
         return Err(Error::limit(
@@ -68,14 +69,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
             "shorten the conversation, or show smaller images",
         ));
     }
-    let tensors = Inspected::new(&model, &ImageProcessor::load(&args.model)?, prompt)?;
+    let tensors = Inspected::new(&model, &ImageProcessor::load(&folder)?, prompt)?;
     tensors.save(&args.out)?;
     let (t, n) = (tensors.prompt.len(), tensors.prompt.images.len());
     say!("{}: {t} tokens, {n} images", args.out.display());
     Ok(())
 }
 
-fn read_prompt(args: &Args, threads: usize) -> Result<Prompt> {
+fn read_prompt(args: &Args, folder: &Path, threads: usize) -> Result<Prompt> {
     let path = &args.conversation;
     let text = std::fs::read(path).map_err(|e| Error::io("read the conversation", path, e))?;
     let messages: Vec<Message> = serde_json::from_slice(&text).map_err(|e| {
@@ -96,14 +97,14 @@ fn read_prompt(args: &Args, threads: usize) -> Result<Prompt> {
         let plain = source.strip_prefix("file://").unwrap_or(source);
         sources.push(ImageSource::Path(beside.join(plain)));
     }
-    let mut processor = ImageProcessor::load(&args.model)?;
+    let mut processor = ImageProcessor::load(folder)?;
     if args.pillow13 {
         processor.order = ResizeOrder::Pillow13;
     }
     let images = Preprocessor::new(processor, threads, 0)?.load_all(sources)?;
-    let tokenizer = Tokenizer::load(&args.model)?;
-    Config::load(&args.model)?.check_tokenizer(&tokenizer)?;
-    build_prompt(&tokenizer, &ChatTemplate::load(&args.model)?, &messages, &images)
+    let tokenizer = Tokenizer::load(folder)?;
+    Config::load(folder)?.check_tokenizer(&tokenizer)?;
+    build_prompt(&tokenizer, &ChatTemplate::load(folder)?, &messages, &images)
 }
 
 /// All that is written, on the host.

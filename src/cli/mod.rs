@@ -14,6 +14,7 @@ macro_rules! say {
 mod chat;
 mod doctor;
 mod eval;
+mod fit;
 mod init;
 mod inspect;
 mod quickstart;
@@ -72,7 +73,8 @@ fn check_model_folder(dir: &Path) -> Result<()> {
     let what = if dir.exists() { "this is a file, not a model's folder" } else { "there is no such folder" };
     Err(Error::input(
         format!("{}: {what}", dir.display()),
-        "name a model's folder (config.json, model*.safetensors, tokenizer.json); `varft init tiny DIR` makes a small one",
+        "name a model's folder (config.json, model*.safetensors, tokenizer.json) or a run's; `varft init tiny DIR` makes a small \
+         model",
     ))
 }
 

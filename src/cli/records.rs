@@ -1,10 +1,9 @@
 //! The folder that `eval` and `rollout` fill: episodes with their images, figures, a report.
 
-use super::session::{CONFIG_FILE, quoted};
+use super::session::{CONFIG_FILE, quoted, trained};
 use crate::model::write_atomically;
 use crate::report::{MetricsLog, TrajectoryStore};
 use crate::train::RunConfig;
-use crate::train::checkpoint::Checkpoints;
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 
@@ -32,15 +31,7 @@ impl ModelArgs {
     /// As [`RunConfig::read`]; and where the folder is not a run's, or the model's is not there.
     pub fn config(&self) -> Result<RunConfig> {
         let mut config = match &self.file {
-            Some(dir) if dir.is_dir() => {
-                let mut config = RunConfig::read(Some(&super::session::config_file(dir)?), &self.overrides)?;
-                let (newest, notes) = Checkpoints::new(dir, 0).latest()?;
-                notes.iter().for_each(|n| note!("{n}"));
-                if let Some(c) = newest {
-                    config.model.path = c.path.display().to_string();
-                }
-                config
-            }
+            Some(dir) if dir.is_dir() => trained(dir, &self.overrides)?,
             file => RunConfig::read(file.as_deref(), &self.overrides)?,
         };
         if let Some(dir) = &self.model {

@@ -1,3 +1,4 @@
+use super::fit;
 use super::records::{ModelArgs, Records, ended_early};
 use super::session::stop_on_signal;
 use super::setup::{Loaded, held_out_examples, python, training_examples};
@@ -5,6 +6,7 @@ use crate::agent::{Author, Job, Partial, Trajectory};
 use crate::model::write_atomically;
 use crate::report::view::Phase;
 use crate::report::{Progress, TrajectoryStore};
+use crate::tasks::{Example, Examples};
 use crate::train::run::{episode_metrics, views};
 use crate::{Error, Result};
 use clap::builder::RangedU64ValueParser;
@@ -46,15 +48,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let config = args.from.config()?;
     let records = Records::create(&args.from.out, FILE)?;
     let stop = stop_on_signal()?;
-    let example: Box<dyn Fn(u64) -> Result<_>> = if args.held_out {
-        let all = held_out_examples(&config)?;
-        Box::new(move |i| Ok(Arc::clone(&all[i as usize % all.len()])))
-    } else {
-        let all = training_examples(&config)?;
-        Box::new(move |i| all.get(i % all.len()))
+    let all: Arc<dyn Examples> = match args.held_out {
+        true => Arc::new(HeldOut(held_out_examples(&config)?)),
+        false => training_examples(&config)?,
     };
     let tool = python(&config)?;
     let loaded = Loaded::new(&config, None)?;
+    fit::check(&config, &loaded, fit::first(&*all, args.items))?;
     let engine = loaded.engine(&config)?;
     let rollouts = loaded.rollouts(&config, &engine, tool, &stop);
 
@@ -67,7 +67,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let mut ended_by = None;
     let part = (BATCH / args.samples).max(1);
     for first in (0..args.items).step_by(part) {
-        let job = |i: u64| Ok(Job { example: example(i)?, group: i, samples: args.samples });
+        let job = |i: u64| Ok(Job { example: all.get(i % all.len())?, group: i, samples: args.samples });
         let jobs = match (first..args.items.min(first + part as u64)).map(job).collect::<Result<Vec<_>>>() {
             Ok(jobs) => jobs,
             Err(e) => {
@@ -136,6 +136,18 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let counts = [written, total as usize];
     ended_by.map_or(Ok(()), |e| Err(ended_early(e, counts, "episodes are complete and written")))
+}
+
+/// Held-out questions, which are in memory.
+struct HeldOut(Vec<Arc<Example>>);
+
+impl Examples for HeldOut {
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+    fn get(&self, i: u64) -> Result<Arc<Example>> {
+        Ok(self.0[i as usize].clone())
+    }
 }
 
 /// The episodes' file.

@@ -3,6 +3,7 @@
 use super::setup::Loaded;
 use crate::model::write_atomically;
 use crate::train::checkpoint::{Checkpoint, Checkpoints, TrainState};
+use crate::train::config::Model as ModelConfig;
 use crate::train::learner::Learner;
 use crate::train::run::{Keeper, OPTIMIZER_FILE};
 use crate::train::{RunConfig, grpo::Finished};
@@ -65,6 +66,35 @@ pub(super) fn config_file(dir: &Path) -> Result<PathBuf> {
         format!("{}: there is no run in this folder", dir.display()),
         "name a run file, or the folder of a run (one that holds a config.toml)",
     ))
+}
+
+/// The configuration of the run in `dir`; its `model.path` is the newest checkpoint, or, where there is none yet, the model
+/// that the run began with.
+///
+/// # Errors
+/// As [`config_file`] and [`RunConfig::read`]; [`Error::Io`] where the checkpoints cannot be listed.
+pub(super) fn trained(dir: &Path, overrides: &[String]) -> Result<RunConfig> {
+    let mut config = RunConfig::read(Some(&config_file(dir)?), overrides)?;
+    let (newest, notes) = Checkpoints::new(dir, 0).latest_listed()?;
+    notes.iter().for_each(|n| note!("{n}"));
+    if let Some(c) = newest {
+        config.model.path = c.path.display().to_string();
+    }
+    Ok(config)
+}
+
+/// The model that `dir` names: itself, or the one that the run in this folder has trained. Gives its folder as `path`, and how
+/// large it is shown images, which for a run is as the run says.
+///
+/// # Errors
+/// As [`trained`], and where the model's folder is not there.
+pub(super) fn model_in(dir: &Path) -> Result<ModelConfig> {
+    let model = match dir.join(CONFIG_FILE).is_file() {
+        true => trained(dir, &[])?.model,
+        false => ModelConfig { path: dir.display().to_string(), ..ModelConfig::default() },
+    };
+    super::check_model_folder(Path::new(&model.path))?;
+    Ok(model)
 }
 
 /// A run's folder, held by this process.
@@ -179,7 +209,7 @@ impl Session {
         let report = crate::report::write(&self.dir);
         match finished {
             Ok(Finished::Complete) => {
-                let newest = Checkpoints::new(&self.dir, 0).latest()?.0;
+                let newest = Checkpoints::new(&self.dir, 0).latest_listed()?.0;
                 if let Some(c) = newest {
                     say!("model   {}", c.path.display());
                 }
@@ -194,9 +224,11 @@ impl Session {
                 "stopped after step {at}, which is saved\n  to go on: {}",
                 self.resume_command
             ))),
+            // What is no longer there cannot be gone on with.
+            Err(e) if !self.dir.join(CONFIG_FILE).exists() => Err(e),
             Err(e) => {
                 // A folder that cannot be listed must not hide the error that ended the run.
-                let saved = match Checkpoints::new(&self.dir, 0).latest().ok().and_then(|(newest, _)| newest) {
+                let saved = match Checkpoints::new(&self.dir, 0).latest_listed().ok().and_then(|(newest, _)| newest) {
                     Some(c) => format!("the run is saved as it was after step {}; to go on", c.state.step),
                     None => "no step of the run is saved; to begin again".to_owned(),
                 };

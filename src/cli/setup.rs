@@ -1,12 +1,13 @@
 //! From a run file to what a command works with: model, tokenizer, engine, tool, questions.
 
+use super::fit;
 use crate::agent::{CodingProtocol, EnginePolicy, EpisodeOptions, RewardRule, Rollouts, See};
 use crate::device::Device;
 use crate::engine::{Engine, EngineOptions, Sampling};
 use crate::input::{ChatTemplate, Image, ImageProcessor, ImageSource, Picture, Preprocessor, Tokenizer};
 use crate::model::{Config, LoadOptions, Model};
 use crate::tasks::synthetic::{self, Subset, Synthetic};
-use crate::tasks::{Example, Examples, MatExamples, SyntheticExamples};
+use crate::tasks::{Example, Examples, MatExamples, Outline, SyntheticExamples};
 use crate::tools::python::environment::Search;
 use crate::tools::{Limits, PythonOptions, PythonTool, Tool};
 use crate::train::RunConfig;
@@ -141,6 +142,8 @@ impl Loaded {
     pub fn setup(&self, config: &RunConfig, stop: &Arc<AtomicBool>) -> Result<Setup> {
         let train = training_examples(config)?;
         let eval = if config.log.eval_every > 0 { held_out_examples(config)? } else { Vec::new() };
+        fit::check(config, self, fit::first(&*train, u64::MAX))?;
+        fit::check(config, self, eval.iter().map(|e| Ok(Outline::of(e))))?;
         let tool = python(config)?;
         let engine = self.engine(config)?;
         Ok(Setup {

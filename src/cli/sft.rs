@@ -40,6 +40,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
     };
     source.as_ref().map_or(Ok(()), Conversations::check_images)?;
     let loaded = Loaded::new(&config, session.weights())?;
+    let most = loaded.model.config.max_position_embeddings;
+    if let Some(talks) = &source {
+        talks.check_lengths(&loaded.tokenizer, &loaded.template, loaded.preprocessor.processor(), most)?;
+    }
     let forbidden = placeholders(&loaded.model.config, Some(&loaded.tokenizer));
     let mut learner = loaded.learner(&config, Source::Conversations, &forbidden)?;
     session.restore(&mut learner)?;
@@ -47,7 +51,6 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let finished = match source {
         Some(talks) => {
             let mut keeper = session.keeper(&config, &loaded)?;
-            let most = loaded.model.config.max_position_embeddings;
             sft::sft(&config, &mut learner, &mut keeper, &stop, |i| {
                 let item = item_at(seed, talks.count() as u64, i) as usize;
                 talks.trajectory(item, &loaded.tokenizer, &loaded.template, &loaded.preprocessor, most)

@@ -9,7 +9,7 @@ use crate::train::room::Source;
 #[command(after_help = "Example:\n  varft train run.toml --set optim.steps=100\n  varft train runs/mine --resume\n\n\
                         run.toml needs little; every other key has a default, and the run's folder gets a config.toml with all of them:\n  \
                         [run]\n  name = \"mine\"\n  [model]\n  path = \"models/Qwen2.5-VL-3B-Instruct\"\n\n\
-                        Ctrl-C saves a checkpoint and ends; a second one ends at once. A run that was stopped, or killed, goes on with \
+                        Ctrl-C saves a checkpoint and ends (a step of several updates may be finished first); a second one ends at once. A run that was stopped, or killed, goes on with \
                         --resume to the same weights, bit for bit.")]
 pub(super) struct Args {
     #[command(flatten)]

@@ -9,7 +9,8 @@
 //!
 //! How it works: continuous batching with prompts cut into chunks beside what decodes (Orca, OSDI '22; Sarathi,
 //! arXiv 2308.16369), a paged KV cache (vLLM, arXiv 2309.06180) whose full pages are shared by content, images encoded once
-//! and kept by content hash, recomputation where memory runs out. Every key of every cache contains the weight epoch.
+//! and kept by content hash, recomputation where memory runs out. Every key of every cache contains the epoch of the weights
+//! that it depends on: for images those of the vision tower alone.
 //!
 //! None of it shows in the results: a sequence's log-probabilities have the same bits alone, in a batch, through the
 //! caches, after preemption, and in the trainer, and a seed gives the same tokens whatever else runs.
@@ -36,7 +37,7 @@ pub use stats::Stats;
 use crate::device::DType;
 use crate::error::panic_message;
 use crate::input::{Prompt, Tokenizer};
-use crate::model::{Config, Model};
+use crate::model::{Config, Model, Version};
 use crate::ops::kv_cache::{BLOCK, KvCache};
 use crate::{Error, Result};
 use generation::{Link, Writer};
@@ -155,7 +156,7 @@ impl Client {
                     s.image.height,
                     s.image.grid.patches()
                 ),
-                format!("resize images to fewer pixels, or raise EngineOptions::{option}"),
+                format!("resize images to fewer pixels, or raise {option}"),
             ));
         }
         if past + prompt.len() >= self.max_context {
@@ -167,7 +168,8 @@ impl Client {
     fn too_long(&self, tokens: usize, more: usize) -> Error {
         Error::limit(
             format!("{tokens} tokens and {more} to sample do not fit the context of {} tokens", self.max_context),
-            "shorten the prompt, or raise EngineOptions::max_context and EngineOptions::kv_bytes as far as the model allows",
+            "shorten the prompt, or allow a longer context as far as the model does: in a run file rollout.context and \
+             rollout.kv_cache_mib, in a program EngineOptions::max_context and kv_bytes",
         )
     }
 }
@@ -200,7 +202,8 @@ impl Engine {
                      step_tokens = {} leave no room for a single sequence",
                     options.kv_bytes, options.max_context, options.max_sequences, options.step_tokens
                 ),
-                "raise what is too small in EngineOptions",
+                "raise what is too small: in a run file rollout.kv_cache_mib, context, concurrency or batch_tokens, in a program \
+                 EngineOptions",
             ));
         }
         let forbidden = match options.forbidden {
@@ -232,15 +235,16 @@ impl Engine {
         model.device().check_room(
             needed,
             "this engine's caches and buffers",
-            "lower EngineOptions::kv_bytes, vision_bytes, max_sequences, step_tokens or step_patches",
+            "lower rollout.kv_cache_mib, vision_cache_mib, concurrency or batch_tokens, or model.max_pixels, in a run file; in a \
+             program EngineOptions::kv_bytes, vision_bytes, max_sequences, step_tokens or step_patches",
         )?;
         let row = c.hidden_size * model.device().float().size();
         let vision_rows = options.vision_bytes / row / vision::PAGE * vision::PAGE;
         let in_cache = vision_rows * 4;
         let max_patches = if in_cache < options.step_patches {
-            (in_cache, "vision_bytes")
+            (in_cache, "EngineOptions::vision_bytes (in a run file rollout.vision_cache_mib)")
         } else {
-            (options.step_patches, "step_patches")
+            (options.step_patches, "EngineOptions::step_patches (in a run file model.max_pixels)")
         };
         let limits = Limits {
             block: BLOCK,
@@ -314,13 +318,14 @@ impl Engine {
     /// their tokens and go on afterwards. Requests made meanwhile wait. Only now may the model's weights move:
     /// [`Learner::update`](crate::train::learner::Learner::update) is refused beside an engine that is not paused. If they did
     /// ([`Model::take_weights`]), everything cached is forgotten when the pause ends, and the weight epoch rises; sessions
-    /// and turns under way are computed again from their tokens when they next run.
+    /// and turns under way are computed again from their tokens when they next run. Encoded images stay where the vision tower
+    /// did not move ([`Model::take_trainable`] of a frozen one).
     ///
     /// # Errors
     /// If the engine has ended.
     pub fn pause(&self) -> Result<Paused<'_>> {
         let (idle, acknowledged) = channel();
-        let (hold, release): (Sender<()>, Receiver<()>) = channel();
+        let (hold, release): (Sender<bool>, Receiver<bool>) = channel();
         self.client.send(Command::Pause { idle, release })?;
         acknowledged.recv().map_err(|_| self.client.link.stopped())?;
         Ok(Paused { engine: self, hold, version: self.model.end_reading() })
@@ -368,17 +373,18 @@ fn run(mut worker: Worker, link: &Link) {
 /// An engine that holds still; dropping it lets the engine go on.
 pub struct Paused<'a> {
     engine: &'a Engine,
-    hold: Sender<()>,
+    hold: Sender<bool>,
     /// Of the weights that the engine's caches belong to.
-    version: u64,
+    version: Version,
 }
 
 impl Drop for Paused<'_> {
     fn drop(&mut self) {
         // Before the engine is let go, so that nobody takes the weights in between.
-        if self.engine.model.begin_reading() != self.version {
+        let now = self.engine.model.begin_reading();
+        if now != self.version {
             // A thread that has failed has no caches.
-            let _ = self.hold.send(());
+            let _ = self.hold.send(now.vision != self.version.vision);
         }
     }
 }

@@ -151,8 +151,9 @@ impl Scheduler {
         }
     }
 
-    /// The weights changed: nothing computed so far is valid.
-    pub fn change_epoch(&mut self) {
+    /// The weights changed: no keys and values computed so far are valid, and, if those of the vision tower changed too
+    /// (`vision`), no encoded images.
+    pub fn change_epoch(&mut self, vision: bool) {
         self.epoch += 1;
         for s in self.sequences.values_mut() {
             s.change_epoch(&mut self.blocks);
@@ -161,7 +162,9 @@ impl Scheduler {
         self.parked.clear();
         self.waiting.append(&mut self.running);
         self.blocks.withdraw_all();
-        self.vision.clear();
+        if vision {
+            self.vision.change_epoch();
+        }
     }
 
     /// Takes in what a step has drawn.

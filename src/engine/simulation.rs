@@ -27,13 +27,20 @@ impl Rng {
     }
 }
 
-fn image_row(image: &Image, i: usize, weights: u64) -> u64 {
-    mix(mix(u64::from_le_bytes(image.hash.0[..8].try_into().unwrap()), i as u64), weights)
+/// Of the decoder, and of the vision tower.
+#[derive(Clone, Copy, Default, PartialEq)]
+struct Weights {
+    text: u64,
+    vision: u64,
+}
+
+fn image_row(image: &Image, i: usize, weights: Weights) -> u64 {
+    mix(mix(u64::from_le_bytes(image.hash.0[..8].try_into().unwrap()), i as u64), weights.vision)
 }
 
 /// State after one more token.
-fn fold(before: u64, what: u64, position: [u32; 3], weights: u64) -> u64 {
-    position.iter().fold(mix(mix(before, what), weights), |h, &p| mix(h, p as u64))
+fn fold(before: u64, what: u64, position: [u32; 3], weights: Weights) -> u64 {
+    position.iter().fold(mix(mix(before, what), weights.text), |h, &p| mix(h, p as u64))
 }
 
 fn drawn(state: u64, sampling: &Sampling, position: usize) -> (u32, f32) {
@@ -42,7 +49,7 @@ fn drawn(state: u64, sampling: &Sampling, position: usize) -> (u32, f32) {
 }
 
 /// What a sequence gives on its own.
-fn reference(prompt: &Prompt, sampling: &Sampling, max_len: usize, weights: u64) -> (Vec<u32>, Vec<f32>, Finish) {
+fn reference(prompt: &Prompt, sampling: &Sampling, max_len: usize, weights: Weights) -> (Vec<u32>, Vec<f32>, Finish) {
     let spans: Vec<Span> = (prompt.images.iter())
         .map(|s| Span { offset: s.offset, grid_h: s.image.grid.h, grid_w: s.image.grid.w })
         .collect();
@@ -79,7 +86,7 @@ struct Device {
     /// `None`: never written, or written under other weights.
     slots: Vec<Option<u64>>,
     arena: Vec<Option<u64>>,
-    weights: u64,
+    weights: Weights,
     limits: Limits,
 }
 
@@ -143,8 +150,12 @@ struct Simulation {
 impl Simulation {
     fn new(limits: Limits, pages: usize, vision_rows: usize) -> Simulation {
         let scheduler = Scheduler::new(limits, pages, vision_rows, None);
-        let device =
-            Device { slots: vec![None; pages * BLOCK], arena: vec![None; scheduler.vision.rows()], weights: 0, limits };
+        let device = Device {
+            slots: vec![None; pages * BLOCK],
+            arena: vec![None; scheduler.vision.rows()],
+            weights: Weights::default(),
+            limits,
+        };
         Simulation { scheduler, device, running: None, link: Arc::default(), stalls: 0 }
     }
 
@@ -179,12 +190,16 @@ impl Simulation {
         self.running = Some((plan, tokens, logprobs));
     }
 
-    fn change_weights(&mut self) {
+    /// Others from now on; those of the vision tower only with `vision`.
+    fn change_weights(&mut self, vision: bool) {
         self.settle();
-        self.device.weights += 1;
-        self.scheduler.change_epoch();
+        self.device.weights.text += 1;
+        self.scheduler.change_epoch(vision);
         self.device.slots.fill(None);
-        self.device.arena.fill(None);
+        if vision {
+            self.device.weights.vision += 1;
+            self.device.arena.fill(None);
+        }
     }
 }
 
@@ -213,10 +228,10 @@ fn random_prompt(rng: &mut Rng, longest: usize) -> Prompt {
 struct Live {
     id: u64,
     history: Prompt,
-    turn: Option<(Arc<Feed>, Sampling, u64)>,
+    turn: Option<(Arc<Feed>, Sampling, Weights)>,
 }
 
-fn check(completion: Completion, history: &Prompt, sampling: &Sampling, max_len: usize, weights: Option<u64>) {
+fn check(completion: Completion, history: &Prompt, sampling: &Sampling, max_len: usize, weights: Option<Weights>) {
     let Completion { tokens, logprobs, finish, .. } = completion;
     let Some(weights) = weights else { return };
     let (t, l, f) = reference(history, sampling, max_len, weights);
@@ -242,7 +257,7 @@ fn random_schedule(seed: u64) -> (u64, u64, u64) {
     let pages = max_len.div_ceil(BLOCK) + [0, 1, 4, 60][rng.below(4)];
     let mut sim = Simulation::new(limits, pages, 40 + rng.below(100));
     let mut live: Vec<Live> = Vec::new();
-    let mut requests: Vec<(Arc<Feed>, Prompt, Sampling, u64)> = Vec::new();
+    let mut requests: Vec<(Arc<Feed>, Prompt, Sampling, Weights)> = Vec::new();
     let mut ids = 0..;
     for round in 0..150 {
         let weights = sim.device.weights;
@@ -295,7 +310,10 @@ fn random_schedule(seed: u64) -> (u64, u64, u64) {
                     requests.push((feed, prompt.clone(), s, weights));
                 }
             }
-            9 if rng.below(8) == 0 => sim.change_weights(),
+            9 if rng.below(8) == 0 => {
+                let vision = rng.below(2) == 0;
+                sim.change_weights(vision);
+            }
             10 if !requests.is_empty() => {
                 let r = &requests[rng.below(requests.len())];
                 drop(super::Generation { feed: r.0.clone(), read: 0 });
@@ -414,7 +432,7 @@ fn parked_sessions_are_the_first_victims_and_come_back_right() {
     history.tokens.extend(first.wait().unwrap().tokens);
     let again = sim.generate(0, &sampling, false, None);
     run_until(&mut sim, &[&again]);
-    check(again.wait().unwrap(), &history, &sampling, 40, Some(0));
+    check(again.wait().unwrap(), &history, &sampling, 40, Some(Weights::default()));
 }
 
 #[test]
@@ -452,8 +470,27 @@ fn a_prompt_found_up_to_the_middle_of_an_image_goes_on_there() {
         let before = sim.scheduler.counters.prefix_hit_tokens;
         let feed = sim.generate(id, &sampling, true, None);
         run_until(&mut sim, &[&feed]);
-        check(feed.wait().unwrap(), &p, &sampling, 100, Some(0));
+        check(feed.wait().unwrap(), &p, &sampling, 100, Some(Weights::default()));
         rows.push((sim.scheduler.counters.prefix_hit_tokens - before, sim.scheduler.counters.vision_misses));
     }
     assert_eq!(rows, [(0, 1), (8, 1)]);
+}
+
+#[test]
+fn images_are_encoded_again_only_where_the_vision_tower_has_moved() {
+    let mut sim = Simulation::new(limits(100), 50, 64);
+    let sampling = Sampling { max_tokens: 3, ..Sampling::default() };
+    let mut prompt = Prompt::from_tokens(vec![10, 11]);
+    prompt.push_image(picture(2), PAD);
+    prompt.tokens.push(20);
+    let mut encoded = Vec::new();
+    for (id, moved) in [None, Some(false), Some(true), Some(false)].into_iter().enumerate() {
+        moved.into_iter().for_each(|vision| sim.change_weights(vision));
+        sim.scheduler.append(id as u64, &prompt);
+        let feed = sim.generate(id as u64, &sampling, true, None);
+        run_until(&mut sim, &[&feed]);
+        check(feed.wait().unwrap(), &prompt, &sampling, 100, Some(sim.device.weights));
+        encoded.push((sim.scheduler.counters.vision_misses, sim.scheduler.vision.images()));
+    }
+    assert_eq!(encoded, [(1, 1), (1, 1), (2, 1), (2, 1)]);
 }

@@ -3,7 +3,8 @@
 //!
 //! One arena of rows (one row per image token, as wide as the decoder) is cut into pages; an image takes whole pages,
 //! which need not be neighbours, because the decoder gathers rows by index. When no page is free the least recently used
-//! image gives way. Changed weights empty the cache.
+//! image gives way. Every key holds the epoch of the vision tower's weights: where training leaves the tower as it is, images
+//! stay for the whole run, and where it moves, what was encoded before is not found any more.
 
 use crate::input::ImageHash;
 use std::collections::{BTreeMap, HashMap};
@@ -16,11 +17,16 @@ struct Entry {
     used: u64,
 }
 
+/// The epoch of the vision weights, and the image.
+type Key = (u64, ImageHash);
+
 /// Which image lies where in the arena. The rows themselves are the runner's.
 pub(super) struct VisionCache {
-    entries: HashMap<ImageHash, Entry>,
+    entries: HashMap<Key, Entry>,
     /// Oldest first: (when it was used, which).
-    by_age: BTreeMap<u64, ImageHash>,
+    by_age: BTreeMap<u64, Key>,
+    /// Rises when the vision tower's weights change.
+    epoch: u64,
     free: Vec<u32>,
     pages: usize,
     clock: u64,
@@ -45,6 +51,7 @@ impl VisionCache {
         VisionCache {
             entries: HashMap::new(),
             by_age: BTreeMap::new(),
+            epoch: 0,
             free: (0..pages as u32).rev().collect(),
             pages,
             clock: 0,
@@ -76,10 +83,11 @@ impl VisionCache {
     /// Looks for an image of `tokens` rows. With `encode`, makes room for it if it is not there.
     pub fn lookup(&mut self, image: &ImageHash, tokens: usize, encode: bool) -> Lookup {
         self.clock += 1;
-        if let Some(e) = self.entries.get_mut(image) {
+        let key = (self.epoch, *image);
+        if let Some(e) = self.entries.get_mut(&key) {
             self.by_age.remove(&e.used);
             e.used = self.clock;
-            self.by_age.insert(self.clock, *image);
+            self.by_age.insert(self.clock, key);
             return Lookup::Ready;
         }
         let need = tokens.div_ceil(PAGE);
@@ -98,8 +106,8 @@ impl VisionCache {
             }
         }
         let pages = self.free.split_off(self.free.len() - need).into_boxed_slice();
-        self.entries.insert(*image, Entry { pages, used: self.clock });
-        self.by_age.insert(self.clock, *image);
+        self.entries.insert(key, Entry { pages, used: self.clock });
+        self.by_age.insert(self.clock, key);
         Lookup::Encode
     }
 
@@ -108,12 +116,13 @@ impl VisionCache {
     /// # Panics
     /// If the image is not there.
     pub fn rows_of(&self, image: &ImageHash, from: usize, to: usize) -> impl Iterator<Item = u32> + '_ {
-        let pages = &self.entries[image].pages;
+        let pages = &self.entries[&(self.epoch, *image)].pages;
         (from..to).map(|i| pages[i / PAGE] * PAGE as u32 + (i % PAGE) as u32)
     }
 
-    /// Forgets everything: after a change of weights.
-    pub fn clear(&mut self) {
+    /// The vision tower's weights changed: all that is here was encoded by others, and its room is free at once.
+    pub fn change_epoch(&mut self) {
+        self.epoch += 1;
         for (_, e) in self.entries.drain() {
             self.free.extend(e.pages);
         }
@@ -144,8 +153,10 @@ mod tests {
         assert!(matches!(c.lookup(&id(1), PAGE + 1, false), Lookup::Full), "it was the oldest");
         assert!(matches!(c.lookup(&id(0), 2 * PAGE, false), Lookup::Ready));
         assert_eq!((c.images(), c.used_rows()), (2, 3 * PAGE));
-        c.clear();
+        c.change_epoch();
         assert_eq!((c.images(), c.used_rows()), (0, 0));
+        c.begin_step();
+        assert!(matches!(c.lookup(&id(0), 2 * PAGE, true), Lookup::Encode), "its rows are of other weights");
     }
 
     #[test]

@@ -37,10 +37,11 @@ pub(super) enum Command {
     Close {
         id: u64,
     },
-    /// Nothing runs from the acknowledgement until `release` is dropped; a message from it says that weights changed.
+    /// Nothing runs from the acknowledgement until `release` is dropped; a message from it says that weights changed, and
+    /// whether those of the vision tower did.
     Pause {
         idle: Sender<()>,
-        release: Receiver<()>,
+        release: Receiver<bool>,
     },
     Shutdown,
 }
@@ -171,12 +172,12 @@ impl Worker {
                     self.runner.synchronize()?;
                     // Whoever asked may be gone; then the release is gone too.
                     let _ = idle.send(());
-                    let mut changed = false;
-                    while release.recv().is_ok() {
-                        changed = true;
+                    let mut changed = None;
+                    while let Ok(vision) = release.recv() {
+                        changed = Some(vision);
                     }
-                    if changed {
-                        self.scheduler.change_epoch();
+                    if let Some(vision) = changed {
+                        self.scheduler.change_epoch(vision);
                     }
                 }
                 Command::Shutdown => return Ok(false),

@@ -1,7 +1,8 @@
 //! Encoded pictures (PNG, JPEG, WebP) to RGB, as Pillow's `exif_transpose` and `convert("RGB")` give them.
 
-use std::io::Cursor;
+use std::io::{BufRead, BufReader, Cursor, Seek};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 
 use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
@@ -92,18 +93,8 @@ fn decode(bytes: &[u8], name: &str, limits: &PictureLimits) -> Result<Picture> {
             limits.check(width, height, name)?;
         }
     }
-    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| broken(name, e))?;
-    if !matches!(reader.format(), Some(ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) {
-        return Err(Error::input(
-            format!("{name}: neither PNG, JPEG nor WebP"),
-            "save the picture in one of these formats",
-        ));
-    }
-    // Sizes are checked below, by our own limits, before the pixels are read.
-    reader.no_limits();
-    let mut decoder = reader.into_decoder().map_err(|e| broken(name, e))?;
+    let mut decoder = decoder(Cursor::new(bytes), name, limits)?;
     let (width, height) = decoder.dimensions();
-    limits.check(width as usize, height as usize, name)?;
     // A damaged EXIF block is no reason to refuse a picture that can be seen.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let color = decoder.color_type();
@@ -116,6 +107,37 @@ fn decode(bytes: &[u8], name: &str, limits: &PictureLimits) -> Result<Picture> {
     picture.apply_orientation(orientation);
     let rgb = picture.into_rgb8();
     Ok(Picture { height: rgb.height() as usize, width: rgb.width() as usize, pixels: rgb.into_raw() })
+}
+
+/// The size (height, width) of a file that [`decode_picture`] would decode, from its header alone; on its side where EXIF would
+/// turn it, which changes no number of tokens.
+///
+/// # Errors
+/// As [`decode_picture`], as far as the header tells; [`Error::Io`] where the file cannot be read.
+pub(crate) fn picture_size(path: &Path, name: &str, limits: &PictureLimits) -> Result<(usize, usize)> {
+    let file = crate::files::open(path).map_err(|e| Error::io(format!("read ({name})"), path, e))?;
+    let name = format!("{} ({name})", path.display());
+    let read = || decoder(BufReader::new(file), &name, limits).map(|d| d.dimensions());
+    let (width, height) =
+        catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err(broken(&name, "the decoder failed")))?;
+    Ok((height as usize, width as usize))
+}
+
+/// A picture whose header was read and found good.
+fn decoder<'a>(source: impl BufRead + Seek + 'a, name: &str, limits: &PictureLimits) -> Result<impl ImageDecoder + 'a> {
+    let mut reader = ImageReader::new(source).with_guessed_format().map_err(|e| broken(name, e))?;
+    if !matches!(reader.format(), Some(ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) {
+        return Err(Error::input(
+            format!("{name}: neither PNG, JPEG nor WebP"),
+            "save the picture in one of these formats",
+        ));
+    }
+    // Sizes are checked below, by our own limits, before the pixels are read.
+    reader.no_limits();
+    let decoder = reader.into_decoder().map_err(|e| broken(name, e))?;
+    let (width, height) = decoder.dimensions();
+    limits.check(width as usize, height as usize, name)?;
+    Ok(decoder)
 }
 
 /// Samples to 8-bit RGB: alpha dropped, gray repeated, the high byte of 16 bits.

@@ -18,6 +18,7 @@ mod resize;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Content, ImageUrl, Message, Part, build_prompt, continue_prompt};
+pub(crate) use decode::picture_size;
 pub use decode::{Picture, PictureLimits, decode_picture};
 pub use preprocessor::{ImageHandle, ImageSource, Preprocessor, PreprocessorStats};
 pub use processor::ImageProcessor;

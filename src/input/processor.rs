@@ -2,7 +2,7 @@ use std::path::Path;
 
 use super::decode::{Picture, PictureLimits, decode_picture};
 use super::resize::{ResizeOrder, resize_bicubic};
-use super::{Image, MERGE};
+use super::{Grid, Image, ImageHash, MERGE};
 use crate::ops::patch_embed::PATCH;
 use crate::{Error, Result};
 
@@ -171,20 +171,37 @@ impl ImageProcessor {
         self.process_picture(decode_picture(bytes, name, &self.limits)?, name)
     }
 
+    /// What a picture of `size` (height, width) would become, without its pixels: as long in a prompt, and nothing to show to a
+    /// model.
+    ///
+    /// # Errors
+    /// As [`process_picture`](Self::process_picture); `name` stands for the picture.
+    pub(crate) fn outline(&self, (height, width): (usize, usize), name: &str) -> Result<Image> {
+        let (h, w) = self.resized(height, width, name)?;
+        let grid = Grid { t: 1, h: h / self.patch, w: w / self.patch };
+        let hash = ImageHash([0; 32]);
+        Ok(Image { pixels: Vec::new(), height: h, width: w, grid, hash, original: (width, height) })
+    }
+
+    /// [`smart_resize`](Self::smart_resize) of a picture within the limits; `name` stands for it in errors.
+    fn resized(&self, height: usize, width: usize, name: &str) -> Result<(usize, usize)> {
+        self.limits.check(width, height, name)?;
+        self.smart_resize(height, width).map_err(|e| match e {
+            Error::Input { what, mend } => Error::Input { what: format!("{name}: {what}"), mend },
+            other => other,
+        })
+    }
+
     /// Resizes a decoded picture; `name` stands for it in errors.
     pub fn process_picture(&self, picture: Picture, name: &str) -> Result<Image> {
         let Picture { pixels, height, width } = picture;
-        self.limits.check(width, height, name)?;
+        let (h, w) = self.resized(height, width, name)?;
         if pixels.len() != height * width * 3 {
             return Err(Error::input(
                 format!("{name}: {} bytes of pixels for an RGB picture of {width}x{height}", pixels.len()),
                 "give height * width * 3 bytes: rows from the top, RGB",
             ));
         }
-        let (h, w) = self.smart_resize(height, width).map_err(|e| match e {
-            Error::Input { what, mend } => Error::Input { what: format!("{name}: {what}"), mend },
-            other => other,
-        })?;
         let resized = if (h, w) == (height, width) {
             pixels
         } else {

@@ -66,17 +66,30 @@ pub struct Model {
 struct Access {
     /// Engines that read them at present.
     readers: usize,
-    /// How often they were taken by somebody who moves them.
-    version: u64,
+    version: Version,
+}
+
+/// How often weights were taken by somebody who moves them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Version {
+    /// Any weights.
+    pub any: u64,
+    /// Those of the vision tower.
+    pub vision: u64,
 }
 
 /// The right to write a model's weights: see [`Model::take_weights`]. When it is dropped, they count as others.
 #[must_use = "the weights are given back when it is dropped"]
-pub struct TakenWeights<'a>(MutexGuard<'a, Access>);
+pub struct TakenWeights<'a> {
+    access: MutexGuard<'a, Access>,
+    /// The vision tower may be written too.
+    vision: bool,
+}
 
 impl Drop for TakenWeights<'_> {
     fn drop(&mut self) {
-        self.0.version += 1;
+        self.access.version.any += 1;
+        self.access.version.vision += u64::from(self.vision);
     }
 }
 
@@ -134,14 +147,14 @@ impl Model {
 
     /// Notes that an engine begins to read the weights, or goes on after a pause; waits while they are being moved. Gives
     /// their version, which stays as it is for as long as anybody reads.
-    pub(crate) fn begin_reading(&self) -> u64 {
+    pub(crate) fn begin_reading(&self) -> Version {
         let mut access = self.access();
         access.readers += 1;
         access.version
     }
 
     /// Takes back one [`begin_reading`](Self::begin_reading). Gives the version that was read.
-    pub(crate) fn end_reading(&self) -> u64 {
+    pub(crate) fn end_reading(&self) -> Version {
         let mut access = self.access();
         access.readers -= 1;
         access.version
@@ -157,9 +170,22 @@ impl Model {
     /// # Errors
     /// [`Error::Input`] while an engine is at work on them.
     pub fn take_weights(&self) -> Result<TakenWeights<'_>> {
+        self.take(true)
+    }
+
+    /// [`take_weights`](Self::take_weights) for somebody who moves what training moves and nothing else: where the vision tower
+    /// is frozen, what an engine has computed with it stays.
+    ///
+    /// # Errors
+    /// As [`take_weights`](Self::take_weights).
+    pub fn take_trainable(&self) -> Result<TakenWeights<'_>> {
+        self.take(self.trains_vision())
+    }
+
+    fn take(&self, vision: bool) -> Result<TakenWeights<'_>> {
         let access = self.access();
         match access.readers {
-            0 => Ok(TakenWeights(access)),
+            0 => Ok(TakenWeights { access, vision }),
             n => Err(Error::input(
                 format!("these weights cannot be moved: they are being read (engines at work on this model: {n})"),
                 "hold the guard of Engine::pause meanwhile, or drop the engine",

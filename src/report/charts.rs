@@ -32,11 +32,12 @@ const PANELS: &[(&str, Unit, &[Known])] = &[
         &[k("reward/mean", "total", 2), k("reward/answer", "answer", 0), k("reward/format", "format", 3)],
     ),
     ("F1 and exact match in training", Unit::Percent, &[k("train/f1", "F1", 0), k("train/em", "exact match", 1)]),
+    ("Loss of the conversations (nats per token)", Unit::Plain, &[k("sft/loss", "loss", 7)]),
     ("KL to the reference (nats per token)", Unit::Plain, &[k("policy/kl", "KL", 4)]),
     ("Entropy (nats per token)", Unit::Plain, &[k("policy/entropy", "entropy", 5)]),
     ("Gradient norm before clipping", Unit::Plain, &[k("optim/grad_norm", "gradient norm", 6)]),
-    ("Loss", Unit::Plain, &[k("loss", "loss", 7)]),
-    ("Token accuracy", Unit::Percent, &[k("token_accuracy", "accuracy", 2)]),
+    ("Policy loss", Unit::Plain, &[k("policy/loss", "loss", 7)]),
+    ("Ratio of new to old probability", Unit::Plain, &[k("policy/ratio", "ratio", 3)]),
     ("Ratio clipped (share of tokens)", Unit::Percent, &[k("policy/clip_share", "clipped", 4)]),
     (
         "Tool calls per episode",
@@ -52,29 +53,58 @@ const PANELS: &[(&str, Unit, &[Known])] = &[
             k("episodes/truncated", "cut short", 6),
         ],
     ),
+    (
+        "Held-out episodes",
+        Unit::Percent,
+        &[k("eval/format", "well formed", 2), k("eval/used_tool", "used the tool", 0)],
+    ),
     ("Groups without variance", Unit::Percent, &[k("groups/zero_variance", "dropped or flat", 3)]),
-    ("Response length (tokens per episode)", Unit::Plain, &[k("episodes/tokens", "tokens", 5)]),
+    (
+        "Response length (tokens per episode)",
+        Unit::Plain,
+        &[k("episodes/tokens", "in training", 5), k("eval/tokens", "held-out", 1)],
+    ),
+    ("Turns per episode", Unit::Plain, &[k("episodes/turns", "turns", 0)]),
+    (
+        "Episodes left out",
+        Unit::Plain,
+        &[
+            k("episodes/masked", "cut short", 3),
+            k("episodes/void", "failed by the machinery", 6),
+            k("eval/void", "held-out, failed", 1),
+        ],
+    ),
+    ("Episodes written", Unit::Plain, &[k("episodes/written", "episodes", 0)]),
     (
         "Tokens per second",
         Unit::Plain,
         &[k("speed/rollout_tokens_s", "rollout", 1), k("speed/train_tokens_s", "training", 0)],
     ),
     ("Seconds per step", Unit::Plain, &[k("speed/rollout_s", "rollout", 1), k("speed/train_s", "training", 0)]),
+    ("Memory at its peak (MiB)", Unit::Plain, &[k("memory/peak_mib", "memory", 7)]),
     ("Learning rate", Unit::Plain, &[k("optim/lr", "learning rate", 7)]),
+    ("Updates not taken (gradients not finite)", Unit::Plain, &[k("optim/skipped", "updates", 6)]),
+    (
+        "Sampler and trainer apart (largest difference of log-probabilities)",
+        Unit::Plain,
+        &[k("policy/mismatch", "difference", 6)],
+    ),
 ];
 
 const HUES: usize = 8;
 
 /// One curve.
 struct Series {
+    /// In the metrics.
+    name: String,
     label: String,
     hue: usize,
     /// (step, value), ascending; not finite where the run logged no number.
     points: Vec<(f64, f64)>,
 }
 
-/// All curves of `records` as HTML: a figure with an inline SVG per panel. Figures the page doesn't know follow, each
-/// alone.
+/// All curves of `records` as HTML: a figure with an inline SVG per panel, and a list of what never changed. Figures that the
+/// page does not know follow, each alone, under the names that they have in the metrics.
 pub(super) fn charts(records: &[Record]) -> String {
     let mut by_name: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
     for r in records {
@@ -84,20 +114,47 @@ pub(super) fn charts(records: &[Record]) -> String {
             by_name.entry(name).or_default().push((r.step as f64, value));
         }
     }
-    let mut html = String::new();
+    let mut panels: Vec<(String, Unit, Vec<Series>)> = Vec::new();
     for (title, unit, known) in PANELS {
-        let series: Vec<Series> = known
-            .iter()
-            .filter_map(|k| Some(Series { label: k.label.into(), hue: k.hue, points: by_name.remove(k.name)? }))
-            .collect();
+        let one = |k: &Known| {
+            let points = by_name.remove(k.name)?;
+            Some(Series { name: k.name.into(), label: k.label.into(), hue: k.hue, points })
+        };
+        let series: Vec<Series> = known.iter().filter_map(one).collect();
         if !series.is_empty() {
-            panel(&mut html, title, *unit, &series);
+            panels.push((title.to_string(), *unit, series));
         }
     }
     for (i, (name, points)) in by_name.into_iter().enumerate() {
-        panel(&mut html, name, Unit::Plain, &[Series { label: name.into(), hue: i % HUES, points }]);
+        let series = Series { name: name.into(), label: name.into(), hue: i % HUES, points };
+        panels.push((name.into(), Unit::Plain, vec![series]));
+    }
+    let (flat, curves): (Vec<_>, Vec<_>) = panels.into_iter().partition(|(.., series)| series.iter().all(is_flat));
+    let mut html = String::new();
+    if !curves.is_empty() {
+        html.push_str("<div class=\"panels\">");
+        curves.iter().for_each(|(title, unit, series)| panel(&mut html, title, *unit, series));
+        html.push_str("</div>");
+    }
+    if !flat.is_empty() {
+        html.push_str("<p class=\"flat\">The same at every step: ");
+        for (i, (title, unit, series)) in flat.iter().enumerate() {
+            let _ = write!(html, "{}{}", if i > 0 { " · " } else { "" }, Escaped(title));
+            for (j, s) in series.iter().enumerate() {
+                html.push_str(if j > 0 { ", " } else { ": " });
+                let label = if series.len() > 1 { s.label.as_str() } else { "" };
+                let last = s.points.last().map_or(f64::NAN, |p| p.1);
+                let _ = write!(html, "{} <b title=\"{}\">{}</b>", Escaped(label), Escaped(&s.name), value(last, *unit));
+            }
+        }
+        html.push_str("</p>");
     }
     html
+}
+
+/// Whether a curve would be a level line.
+fn is_flat(s: &Series) -> bool {
+    s.points.len() > 1 && s.points.iter().all(|p| p.1.is_finite() && p.1 == s.points[0].1)
 }
 
 const WIDTH: f64 = 400.0;
@@ -114,7 +171,12 @@ const SMOOTH_FROM: usize = 30;
 fn panel(html: &mut String, title: &str, unit: Unit, series: &[Series]) {
     let series: Vec<Series> = series
         .iter()
-        .map(|s| Series { label: s.label.clone(), hue: s.hue, points: thin(&s.points, MAX_POINTS) })
+        .map(|s| Series {
+            name: s.name.clone(),
+            label: s.label.clone(),
+            hue: s.hue,
+            points: thin(&s.points, MAX_POINTS),
+        })
         .collect();
     let finite = || series.iter().flat_map(|s| &s.points).filter(|p| p.1.is_finite());
     let fold = |f: fn(f64, f64) -> f64, pick: fn(&(f64, f64)) -> f64| finite().map(pick).reduce(f);
@@ -129,10 +191,15 @@ fn panel(html: &mut String, title: &str, unit: Unit, series: &[Series]) {
     }
     html.push_str("</span></figcaption>");
     let ((Some(x0), Some(x1)), (Some(y0), Some(y1))) = (xs, ys) else {
-        html.push_str("<p class=\"none\">no finite value</p></figure>");
+        html.push_str("<p class=\"none\">no finite value</p>");
+        names(html, title, &series);
         return;
     };
-    let y_ticks = ticks(y0, y1, 4);
+    let y_ticks = match unit {
+        // A level line of a share stands on the scale of shares.
+        Unit::Percent if y0 == y1 && (0.0..=1.0).contains(&y0) => ticks(0.0, 1.0, 4),
+        _ => ticks(y0, y1, 4),
+    };
     let (y0, y1) = (y_ticks[0], y_ticks[y_ticks.len() - 1]);
     let (x0, x1) = if x1 > x0 { (x0, x1) } else { (x0 - 0.5, x0 + 0.5) };
     let px = |x: f64| LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT);
@@ -188,7 +255,14 @@ fn panel(html: &mut String, title: &str, unit: Unit, series: &[Series]) {
             }
         }
     }
-    html.push_str("</svg></figure>");
+    html.push_str("</svg>");
+    names(html, title, &series);
+}
+
+/// Ends a panel with the names that its curves have in the metrics, unless its title says as much.
+fn names(html: &mut String, title: &str, series: &[Series]) {
+    let names: Vec<&str> = series.iter().map(|s| s.name.as_str()).filter(|name| *name != title).collect();
+    let _ = write!(html, "<small class=\"names\">{}</small></figure>", Escaped(&names.join(" · ")));
 }
 
 /// `[[label, hue, [[x, y], ...]], ...]`, for the page's tooltip.
@@ -293,12 +367,27 @@ mod tests {
         let html = charts(&r);
         assert_eq!(html.matches("<figure").count(), 2);
         assert!(html.contains("F1 <i>60.0%</i>") && html.contains("&lt;mine&gt;") && !html.contains("<mine>"));
+        assert!(html.contains("<small class=\"names\">eval/f1 · eval/em</small>"), "{html}");
+    }
+
+    #[test]
+    fn what_never_changes_is_a_line_of_text_and_takes_no_panel() {
+        let figures = |void: f64, lr: f64| [("episodes/void", void), ("optim/lr", lr), ("eval/format", 1.0)];
+        let html = charts(&[record(1, &figures(0.0, 0.5)), record(2, &figures(0.0, 0.25))]);
+        assert_eq!(html.matches("<figure").count(), 1);
+        let flat = html.split("class=\"flat\"").nth(1).unwrap();
+        assert!(
+            flat.contains("<b title=\"episodes/void\">0</b>") && flat.contains("<b title=\"eval/format\">100.0%</b>")
+        );
+        assert!(!flat.contains("optim/lr"));
+        // One step says nothing about what changes.
+        assert_eq!(charts(&[record(1, &figures(0.0, 0.5))]).matches("<figure").count(), 3);
     }
 
     #[test]
     fn a_gap_where_there_is_no_number() {
         let r: Vec<Record> =
-            [1.0, 2.0, f64::NAN, 3.0].iter().enumerate().map(|(i, &v)| record(i as u64, &[("loss", v)])).collect();
+            [1.0, 2.0, f64::NAN, 3.0].iter().enumerate().map(|(i, &v)| record(i as u64, &[("sft/loss", v)])).collect();
         let html = charts(&r);
         let d = html.split("class=\"line h7\" d=\"").nth(1).unwrap().split('"').next().unwrap();
         assert_eq!((d.matches('M').count(), d.matches('L').count()), (2, 1));

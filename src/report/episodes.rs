@@ -101,24 +101,33 @@ pub(super) fn choose(files: &[TrajectoryFile], limits: &Limits) -> Vec<(Trajecto
     out
 }
 
-/// The episodes of one file: a section with a card for each group.
+/// What a bucket's episodes are, in the numbering of the curves: training episodes belong to the step that learned from them,
+/// held-out ones to the last step before them. `trained`: the run has taken steps; without any (`varft rollout`, `varft eval`)
+/// there is nothing to number.
+fn title(file: &TrajectoryFile, trained: bool) -> (&'static str, Option<u64>) {
+    match (file.phase, trained) {
+        (Phase::Eval, true) => ("Held-out, after step", Some(file.step)),
+        (Phase::Train, true) => ("Training, step", Some(file.step + 1)),
+        (Phase::Eval, false) => ("Held-out", None),
+        (Phase::Train, false) => ("Rollouts", None),
+    }
+}
+
+/// The episodes of one file, `all` of `kept` of them: a section with a card for each group.
 pub(super) fn bucket(
     html: &mut String,
     id: usize,
-    file: &TrajectoryFile,
-    all: &[EpisodeView],
+    (title, step): (&str, Option<u64>),
+    (all, kept): (&[EpisodeView], usize),
     images: &mut Images<'_>,
     limits: &Limits,
 ) {
-    let phase = match file.phase {
-        Phase::Eval => "Held-out",
-        Phase::Train => "Training",
-    };
+    let step = step.map_or(String::new(), |step| step.to_string());
     let _ = write!(
         html,
-        "<section class=\"bucket\" id=\"b{id}\" data-phase=\"{phase}\" data-step=\"{0}\"><h3>{phase} episodes after step {0}\
-         </h3>",
-        file.step
+        "<section class=\"bucket\" id=\"b{id}\" data-phase=\"{title}\" data-step=\"{step}\"><h3>{title} {step}<span> {} of {kept} \
+         episodes that were kept</span></h3>",
+        all.len()
     );
     let mut rest = all;
     while let Some(first) = rest.first() {
@@ -140,6 +149,9 @@ pub(super) fn bucket(
             if !text.is_empty() {
                 let _ = write!(html, " · {what}: {}", Escaped(text));
             }
+        }
+        if first.of > group.len() as u64 {
+            let _ = write!(html, " · {} of its {} episodes", group.len(), first.of);
         }
         html.push_str("</div></div></div>");
         let top = group.iter().map(|e| e.reward.abs()).fold(1.0, f64::max);
@@ -245,10 +257,15 @@ fn turn(html: &mut String, s: &StepView, images: &mut Images<'_>, limits: &Limit
             );
         }
         (Some(a), None) | (None, Some(a)) => {
+            let what = match (s.image_before.is_some(), s.who.as_str()) {
+                (true, "assistant") => "the image that this turn was written from",
+                (true, _) => "the image of this turn",
+                (false, _) => "the image that the next turn sees",
+            };
             let _ = write!(
                 html,
-                "<div class=\"change\"><figure>{}</figure></div>",
-                images.tag(a, "image of this step", 340.0, 280.0)
+                "<div class=\"change\"><figure>{}<figcaption>{what}</figcaption></figure></div>",
+                images.tag(a, what, 340.0, 280.0)
             );
         }
         (None, None) => {}
@@ -341,20 +358,38 @@ fn short(v: f64) -> String {
     s.strip_suffix(".00").or(s.strip_suffix('0')).unwrap_or(&s).to_string()
 }
 
-/// Reads the chosen episodes and renders them; also gives the images for the page.
+/// The episodes of a page.
+pub(super) struct Shown {
+    pub html: String,
+    /// The images, for the page's script.
+    pub images: String,
+    /// Episodes shown, and in the files.
+    pub episodes: [usize; 2],
+    /// Files shown (a phase and a step), and all.
+    pub files: [usize; 2],
+}
+
+/// Reads the chosen episodes and renders them. `trained`: as in [`title`].
 ///
 /// # Errors
 /// What reading the trajectories gives.
-pub(super) fn episodes(store: &TrajectoryStore, limits: &Limits) -> Result<(String, String, usize), Error> {
+pub(super) fn episodes(store: &TrajectoryStore, trained: bool, limits: &Limits) -> Result<Shown, Error> {
     let mut images = Images::new(store, limits);
-    let mut html = String::new();
-    let mut shown = 0;
-    for (i, (file, max)) in choose(&store.files()?, limits).into_iter().enumerate() {
-        let all = store.read(&file, max)?;
-        shown += all.len();
-        bucket(&mut html, i, &file, &all, &mut images, limits);
+    let files = store.files()?;
+    let mut shown = Shown { html: String::new(), images: String::new(), episodes: [0, 0], files: [0, files.len()] };
+    let chosen = choose(&files, limits);
+    for file in &files {
+        let Some((_, max)) = chosen.iter().find(|(f, _)| f == file) else {
+            shown.episodes[1] += store.count(file)?;
+            continue;
+        };
+        let (all, kept) = store.read(file, *max)?;
+        shown.episodes = [shown.episodes[0] + all.len(), shown.episodes[1] + kept];
+        bucket(&mut shown.html, shown.files[0], title(file, trained), (&all, kept), &mut images, limits);
+        shown.files[0] += 1;
     }
-    Ok((html, images.json(), shown))
+    shown.images = images.json();
+    Ok(shown)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -54,6 +55,14 @@ impl MetricsLog {
     /// Seconds the run has been going, over all its sessions.
     pub fn wall_s(&self) -> f64 {
         self.wall_before + self.started.elapsed().as_secs_f64()
+    }
+
+    /// Whether the file that is written to still lies where it was opened: not where it, or its folder, was removed, renamed or
+    /// replaced since. What is written then goes where nobody will find it.
+    pub fn is_in_place(&self) -> bool {
+        let id = |m: std::fs::Metadata| (m.dev(), m.ino());
+        let here = self.file.metadata().map(id);
+        here.is_ok_and(|here| self.path.metadata().map(id).is_ok_and(|there| there == here))
     }
 
     /// Appends one line. Names follow TensorBoard's habit, `group/figure`; [`super::write`] draws those that it knows

@@ -28,13 +28,13 @@
       const pick = document.createElement("div");
       pick.className = "pick";
       const label = document.createElement("span");
-      label.textContent = phase + ", after step";
+      label.textContent = phase;
       pick.append(label);
       controls.insertBefore(pick, controls.querySelector("label"));
       picks.set(phase, pick);
     }
     const button = document.createElement("button");
-    button.textContent = bucket.dataset.step;
+    button.textContent = bucket.dataset.step || "all";
     button.dataset.bucket = bucket.id;
     button.addEventListener("click", () => show(bucket));
     picks.get(phase).append(button);

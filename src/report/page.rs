@@ -1,4 +1,6 @@
+use super::episodes::Shown;
 use super::escape::Escaped;
+use super::progress::duration;
 use super::{Record, TrajectoryStore, charts, episodes, read_metrics, store};
 use crate::{Error, Result};
 use std::fmt::Write;
@@ -45,9 +47,10 @@ pub fn write_with(run_dir: &Path, limits: &Limits) -> Result<PathBuf> {
         ));
     }
     let records = read_metrics(run_dir)?;
-    let (episodes, images, shown) = match run_dir.join("trajectories").is_dir() {
-        true => episodes::episodes(&TrajectoryStore::open(run_dir)?, limits)?,
-        false => (String::new(), "[]".into(), 0),
+    let steps = records.iter().map(|r| r.step).max().unwrap_or(0);
+    let shown = match run_dir.join("trajectories").is_dir() {
+        true => Some(episodes::episodes(&TrajectoryStore::open(run_dir)?, steps > 0, limits)?),
+        false => None,
     };
     let config_path = run_dir.join("config.toml");
     let config = match std::fs::read_to_string(&config_path) {
@@ -57,30 +60,36 @@ pub fn write_with(run_dir: &Path, limits: &Limits) -> Result<PathBuf> {
     };
     let full = run_dir.canonicalize().unwrap_or_else(|_| run_dir.to_path_buf());
     let name = full.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
-    let html = page(&name, &records, &episodes, &images, shown, &config);
+    let html = page(&name, steps, &records, shown.as_ref(), &config);
     let path = run_dir.join("report.html");
     store::replace(&path, html.as_bytes())?;
     Ok(path)
 }
 
-fn page(name: &str, records: &[Record], episodes: &str, images: &str, shown: usize, config: &str) -> String {
+fn page(name: &str, steps: u64, records: &[Record], shown: Option<&Shown>, config: &str) -> String {
     let mut main = String::new();
     let _ = write!(main, "<h1>{}</h1>", Escaped(name));
-    let last = records.last();
-    let steps = records.iter().map(|r| r.step).max().unwrap_or(0);
-    let _ = write!(main, "<p class=\"sub\">{steps} steps in {}</p>", duration(last.map_or(0.0, |r| r.wall_s)));
+    let wall = duration(records.last().map_or(0.0, |r| r.wall_s) as u64);
+    match (steps, records.is_empty()) {
+        (_, true) => main.push_str("<p class=\"sub\">no step is complete yet</p>"),
+        (0, _) => main.push_str("<p class=\"sub\">no training</p>"),
+        (1, _) => drop(write!(main, "<p class=\"sub\">1 step in {wall}</p>")),
+        _ => drop(write!(main, "<p class=\"sub\">{steps} steps in {wall}</p>")),
+    }
     tiles(&mut main, records);
     let charts = charts::charts(records);
     if !charts.is_empty() {
-        let _ = write!(main, "<h2>Curves</h2><div class=\"panels\">{charts}</div>");
+        let _ = write!(main, "<h2>Curves</h2>{charts}");
     }
-    if !episodes.is_empty() {
+    if let Some(Shown { html, episodes, files, .. }) = shown.filter(|s| !s.html.is_empty()) {
         let _ = write!(
             main,
             "<h2>Episodes</h2><div class=\"controls\" id=\"controls\" hidden><label><input type=\"checkbox\" id=\"lp\" checked> \
              colour tokens by log-probability</label><span class=\"scale\">p &lt; <span class=\"t1\">0.8</span><span \
-             class=\"t2\">0.5</span><span class=\"t3\">0.2</span><span class=\"t4\">0.05</span></span></div>{episodes}\
-             <p class=\"foot\">{shown} episodes are shown; trajectories/ holds all that were kept.</p>"
+             class=\"t2\">0.5</span><span class=\"t3\">0.2</span><span class=\"t4\">0.05</span></span></div>{html}\
+             <p class=\"foot\">{} of the {} episodes that the run kept are on this page, of {} of {} measurements and steps; the \
+             folder trajectories/ holds all of them, and <code>log.trajectories</code> says how many of a step are kept.</p>",
+            episodes[0], episodes[1], files[0], files[1]
         );
     }
     if !config.is_empty() {
@@ -93,6 +102,7 @@ fn page(name: &str, records: &[Record], episodes: &str, images: &str, shown: usi
     let style = include_str!("style.css");
     let script = include_str!("page.js");
     // Only elements that carry this word are run or applied; what the page shows cannot know it beforehand.
+    let images = shown.map_or("[]", |s| &s.images);
     let nonce = blake3::hash(format!("{main}{images}").as_bytes()).to_hex()[..32].to_string();
     format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" \
@@ -108,12 +118,13 @@ fn page(name: &str, records: &[Record], episodes: &str, images: &str, shown: usi
 /// The figures to take in first: where the run began and where it is.
 fn tiles(html: &mut String, records: &[Record]) {
     html.push_str("<div class=\"tiles\">");
-    for (name, label, percent) in [
-        ("eval/f1", "held-out F1", true),
-        ("eval/em", "held-out exact match", true),
-        ("reward/mean", "reward", false),
-        ("episodes/used_tool", "episodes that use the tool", true),
-        ("speed/rollout_tokens_s", "rollout tokens per second", false),
+    for (name, label, percent, mean) in [
+        ("eval/f1", "held-out F1", true, false),
+        ("eval/em", "held-out exact match", true, false),
+        ("reward/mean", "reward", false, false),
+        ("episodes/used_tool", "episodes that use the tool", true, false),
+        ("sft/loss", "loss", false, false),
+        ("speed/rollout_tokens_s", "rollout tokens per second, mean", false, true),
     ] {
         let all: Vec<f64> = records
             .iter()
@@ -128,18 +139,11 @@ fn tiles(html: &mut String, records: &[Record]) {
             false => format!("{v:.2}"),
         };
         let _ = write!(html, "<div class=\"tile\"><span>{label}</span><b>");
-        if all.len() > 1 {
+        if all.len() > 1 && !mean {
             let _ = write!(html, "<span class=\"from\">{} → </span>", text(*first));
         }
-        let _ = write!(html, "{}</b></div>", text(*last));
+        let main = if mean { all.iter().sum::<f64>() / all.len() as f64 } else { *last };
+        let _ = write!(html, "{}</b></div>", text(main));
     }
     html.push_str("</div>");
-}
-
-fn duration(seconds: f64) -> String {
-    match seconds as u64 {
-        s @ 0..60 => format!("{s} s"),
-        s @ 60..3600 => format!("{} min {} s", s / 60, s % 60),
-        s => format!("{} h {} min", s / 3600, s % 3600 / 60),
-    }
 }

@@ -109,15 +109,32 @@ impl TrajectoryStore {
         Ok(out)
     }
 
-    /// At most `max` episodes of a file, from its start.
+    /// How many episodes are in a file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be read.
+    pub fn count(&self, file: &TrajectoryFile) -> Result<usize> {
+        let failed = |e| Error::io("read", &file.path, e);
+        let f = File::open(&file.path).map_err(failed)?;
+        BufReader::new(f).split(b'\n').try_fold(0, |n, line| line.map(|_| n + 1)).map_err(failed)
+    }
+
+    /// The episodes of a file from its start, in whole groups, at most `max` of them; but a first group that is larger, cut to
+    /// `max`. And how many there are in the file.
     ///
     /// # Errors
     /// [`Error::Io`] when it cannot be read, [`Error::Input`] when a line is not an episode.
-    pub fn read(&self, file: &TrajectoryFile, max: usize) -> Result<Vec<EpisodeView>> {
+    pub fn read(&self, file: &TrajectoryFile, max: usize) -> Result<(Vec<EpisodeView>, usize)> {
         let f = File::open(&file.path).map_err(|e| Error::io("open", &file.path, e))?;
-        let mut out = Vec::new();
-        for (n, line) in BufReader::new(f).lines().take(max).enumerate() {
+        let mut out: Vec<EpisodeView> = Vec::new();
+        let mut all = 0;
+        for (n, line) in BufReader::new(f).lines().enumerate() {
             let line = line.map_err(|e| Error::io("read", &file.path, e))?;
+            all += 1;
+            // One more than is wanted shows whether the last group is whole.
+            if out.len() > max {
+                continue;
+            }
             out.push(serde_json::from_str(&line).map_err(|e| {
                 Error::input(
                     format!("{}, line {}: not an episode: {e}", file.path.display(), n + 1),
@@ -125,7 +142,12 @@ impl TrajectoryStore {
                 )
             })?);
         }
-        Ok(out)
+        if let Some(next) = out.get(max) {
+            let group = next.group;
+            let whole = out[..max].iter().rposition(|e| e.group != group).map_or(max, |last| last + 1);
+            out.truncate(whole);
+        }
+        Ok((out, all))
     }
 
     /// Where an image lies; none when `name` is not a name that [`image`](Self::image) gives.

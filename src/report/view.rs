@@ -44,6 +44,9 @@ pub struct EpisodeView {
     pub group: u64,
     /// Which of its group this is.
     pub sample: u64,
+    /// How many its group has, written down or not; 0 in files of before this was noted.
+    #[serde(default)]
+    pub of: u64,
     /// What was asked.
     pub question: String,
     /// The answers that count as right.

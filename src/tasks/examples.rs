@@ -17,10 +17,41 @@ pub trait Examples: Send + Sync {
     /// # Errors
     /// When its image cannot be read or made.
     fn get(&self, i: u64) -> Result<Arc<Example>>;
+    /// What decides how long the prompt of the `i`-th is, without its image where that is quicker.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get), as far as it is looked at.
+    fn outline(&self, i: u64) -> Result<Outline> {
+        self.get(i).map(|e| Outline::of(&e))
+    }
+}
+
+/// What decides how long an item's prompt is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outline {
+    /// Names the item in errors.
+    pub name: String,
+    /// What is asked; of a source that makes its questions, one as long as any of this item's kind.
+    pub question: String,
+    /// (height, width) of the image that the agent is given, in pixels.
+    pub size: (usize, usize),
+}
+
+impl Outline {
+    /// That of an example in memory.
+    pub fn of(example: &Example) -> Outline {
+        let (width, height) = example.input().dimensions();
+        Outline {
+            name: format!("item {}", example.id),
+            question: example.question.clone(),
+            size: (height as usize, width as usize),
+        }
+    }
 }
 
 /// Rows of a file in MAT-Coding's format; images are read when a row is asked for.
 pub struct MatExamples {
+    file: PathBuf,
     rows: Vec<mat::Row>,
     images: PathBuf,
 }
@@ -35,7 +66,7 @@ impl MatExamples {
         if rows.is_empty() {
             return Err(Error::input(format!("{} has no rows", file.display()), "give a file with at least one row"));
         }
-        Ok(MatExamples { rows, images: images.to_path_buf() })
+        Ok(MatExamples { file: file.to_path_buf(), rows, images: images.to_path_buf() })
     }
 }
 
@@ -45,6 +76,11 @@ impl Examples for MatExamples {
     }
     fn get(&self, i: u64) -> Result<Arc<Example>> {
         self.rows[i as usize].load(&self.images).map(Arc::new)
+    }
+    fn outline(&self, i: u64) -> Result<Outline> {
+        let row = &self.rows[i as usize];
+        let name = format!("{}: row {i} (id {})", self.file.display(), row.id);
+        Ok(Outline { name, question: row.question.clone(), size: row.input_size(&self.images)? })
     }
 }
 
@@ -64,5 +100,9 @@ impl Examples for SyntheticExamples {
     }
     fn get(&self, i: u64) -> Result<Arc<Example>> {
         Ok(Arc::new(self.task.example(self.subset, i)))
+    }
+    fn outline(&self, i: u64) -> Result<Outline> {
+        let (question, size) = self.task.outline(self.subset, i);
+        Ok(Outline { name: format!("item {i} of the synthetic task"), question, size })
     }
 }

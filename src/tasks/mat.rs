@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::{Degradation, Example, Split, read_image};
+use crate::input::{PictureLimits, picture_size};
 use crate::{Error, Result};
 
 /// One row.
@@ -100,8 +101,22 @@ impl Row {
         })
     }
 
+    /// The size (height, width) of the image that the agent is given ([`Example::input`]), from the head of its file.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), as far as the head of the file tells.
+    pub(super) fn input_size(&self, folder: &Path) -> Result<(usize, usize)> {
+        let crop = self.kinds.first() == Some(&Degradation::Crop);
+        let name = if crop { &self.ori_image_path } else { &self.processed_image_path };
+        picture_size(&folder.join(name), &self.image_name(), &PictureLimits::default())
+    }
+
+    fn image_name(&self) -> String {
+        format!("an image of the row with id {}", self.id)
+    }
+
     fn image(&self, folder: &Path, name: &str) -> Result<RgbImage> {
-        read_image(&folder.join(name), &format!("an image of the row with id {}", self.id))
+        read_image(&folder.join(name), &self.image_name())
     }
 }
 

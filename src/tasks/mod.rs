@@ -11,7 +11,7 @@ pub mod mat;
 pub mod scorer;
 pub mod synthetic;
 
-pub use examples::{Examples, MatExamples, SyntheticExamples};
+pub use examples::{Examples, MatExamples, Outline, SyntheticExamples};
 
 use std::path::Path;
 use std::sync::Arc;

@@ -75,7 +75,12 @@ impl Checkpoints {
     /// What `fill` gives, or [`Error::Io`]; the earlier checkpoints are then as they were, and of this one nothing is
     /// left.
     pub fn save(&self, state: &TrainState, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
-        fs::create_dir_all(&self.dir).map_err(|e| Error::io("create the folder", &self.dir, e))?;
+        match fs::create_dir(&self.dir) {
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(Error::io("create the folder", &self.dir, e));
+            }
+            _ => {}
+        }
         self.remove_leftovers();
         let temporary = self.dir.join(format!(".step-{}.tmp", state.step));
         let place = self.dir.join(format!("step-{}", state.step));
@@ -99,11 +104,25 @@ impl Checkpoints {
         Ok(place)
     }
 
-    /// The newest complete checkpoint, and a line for each newer one that is damaged.
+    /// The newest complete checkpoint, to go on from, and a line for each newer one that is damaged.
     ///
     /// # Errors
     /// [`Error::Io`] when the folder cannot be read.
     pub fn latest(&self) -> Result<(Option<Checkpoint>, Vec<String>)> {
+        self.newest(open)
+    }
+
+    /// [`latest`](Self::latest) by the names and sizes of files alone, which reads no weights: where a checkpoint is to be
+    /// named, or its model loaded, and not a run gone on with.
+    ///
+    /// # Errors
+    /// As [`latest`](Self::latest).
+    pub fn latest_listed(&self) -> Result<(Option<Checkpoint>, Vec<String>)> {
+        self.newest(|path| list(path).map(|(found, _)| found))
+    }
+
+    /// The newest checkpoint that `open` opens, and a line for each newer one that it does not.
+    fn newest(&self, open: impl Fn(&Path) -> Result<Checkpoint>) -> Result<(Option<Checkpoint>, Vec<String>)> {
         let mut notes = Vec::new();
         for (step, path) in self.steps()?.into_iter().rev() {
             match open(&path) {
@@ -159,18 +178,32 @@ impl Checkpoints {
     }
 }
 
-/// Opens one checkpoint's folder.
+/// Opens one checkpoint's folder, and reads all of it to see that nothing has changed.
 ///
 /// # Errors
 /// [`Error::Input`] when it is no complete checkpoint, naming the file that is missing, short or changed.
 pub fn open(path: &Path) -> Result<Checkpoint> {
+    // Only once all sizes are right, as this reads everything.
+    let (found, hashes) = list(path)?;
+    for (name, hash) in hashes.iter().filter(|(name, _)| *name != STATE_FILE) {
+        let file = path.join(name);
+        let now = File::open(&file).and_then(|f| hash_of(&f));
+        if now.map_err(|e| damaged(format!("{}: {e}", file.display())))? != *hash {
+            return Err(changed(&file));
+        }
+    }
+    Ok(found)
+}
+
+/// A checkpoint whose files are all there and as long as they should be, and the hashes that they should have.
+///
+/// # Errors
+/// As [`open`], but for changed content, of which only the state's is looked at.
+fn list(path: &Path) -> Result<(Checkpoint, BTreeMap<String, String>)> {
     let state_path = path.join(STATE_FILE);
-    let damaged =
-        |what: String| Error::input(what, "use another checkpoint: `varft train` finds the newest whole one by itself");
     let text = fs::read(&state_path).map_err(|e| damaged(format!("{}: cannot read: {e}", state_path.display())))?;
     let sealed: StateFile =
         serde_json::from_slice(&text).map_err(|e| damaged(format!("{}: {e}", state_path.display())))?;
-    let changed = |file: &Path| damaged(format!("{}: its content is not what was written", file.display()));
     if !sealed.blake3.is_empty() && sealed.blake3.get(STATE_FILE) != Some(&sealed.own_hash()?) {
         return Err(changed(&state_path));
     }
@@ -182,15 +215,15 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
             Err(e) => return Err(damaged(format!("{}: {e}", file.display()))),
         }
     }
-    // Only once all sizes are right, as this reads everything.
-    for (name, hash) in sealed.blake3.iter().filter(|(name, _)| *name != STATE_FILE) {
-        let file = path.join(name);
-        let now = File::open(&file).and_then(|f| hash_of(&f));
-        if now.map_err(|e| damaged(format!("{}: {e}", file.display())))? != *hash {
-            return Err(changed(&file));
-        }
-    }
-    Ok(Checkpoint { path: path.to_path_buf(), state: sealed.state })
+    Ok((Checkpoint { path: path.to_path_buf(), state: sealed.state }, sealed.blake3))
+}
+
+fn damaged(what: String) -> Error {
+    Error::input(what, "use another checkpoint: `varft train` finds the newest whole one by itself")
+}
+
+fn changed(file: &Path) -> Error {
+    damaged(format!("{}: its content is not what was written", file.display()))
 }
 
 fn hash_of(file: &File) -> std::io::Result<String> {
@@ -279,6 +312,7 @@ mod tests {
         assert_eq!(found.unwrap().state.step, 1);
         assert_eq!(notes.len(), 3);
         assert!(notes[1].contains("step-3") && notes[1].contains("999 bytes where 1000"), "{}", notes[1]);
+        assert_eq!(c.latest_listed().unwrap(), c.latest().unwrap(), "no hash is needed to see this");
     }
 
     #[test]
@@ -295,6 +329,7 @@ mod tests {
             fs::write(at(step, STATE_FILE), json.to_string()).unwrap();
         };
         fs::copy(at(1, "model.safetensors"), at(6, "model.safetensors")).unwrap();
+        assert_eq!(c.latest_listed().unwrap().0.unwrap().state, state(6), "what a listing does not look at");
         edit(5, &|json| json["updates"] = 4.into());
         edit(4, &|json| json["step"] = u64::MAX.into());
         // As if of before there were hashes, in another step's folder.

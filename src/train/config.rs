@@ -390,7 +390,6 @@ impl RunConfig {
             ((1..=1024).contains(&a.iterations), "algo.iterations", "from 1 to 1024"),
             (a.minibatches > 0 && a.minibatches <= r.prompts, "algo.minibatches", "1 to rollout.prompts"),
             (not_negative(o.lr), "optim.lr", "0 or more"),
-            (o.warmup_steps <= o.steps, "optim.warmup_steps", "at most optim.steps"),
             (share(o.final_lr), "optim.final_lr", "between 0 and 1"),
             (share(o.beta1) && o.beta1 < 1.0, "optim.beta1", "at least 0 and less than 1"),
             (share(o.beta2) && o.beta2 < 1.0, "optim.beta2", "at least 0 and less than 1"),
@@ -400,6 +399,15 @@ impl RunConfig {
             ((1..=1 << 30).contains(&o.micro_batch_tokens), "optim.micro_batch_tokens", "from 1 to 2^30"),
             (o.activations_mib <= 1 << 40, "optim.activations_mib", "at most 2^40 (0 for what is needed)"),
         ];
+        if o.warmup_steps > o.steps {
+            return Err(Error::input(
+                format!(
+                    "`optim.warmup_steps` is {}, and with `optim.steps` = {} the rate would never reach its peak",
+                    o.warmup_steps, o.steps
+                ),
+                format!("set optim.warmup_steps to {} or less, or take more steps", o.steps),
+            ));
+        }
         match rules.iter().find(|r| !r.0) {
             Some((_, key, rule)) => Err(Error::input(
                 format!("`{key}` must be {rule}"),

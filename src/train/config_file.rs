@@ -80,12 +80,13 @@ impl RunConfig {
         Path::new(&self.run.dir).join(&self.run.name)
     }
 
-    /// Every key with its value, as a run file.
+    /// Every key with its value, as a run file that says where they are explained.
     ///
     /// # Errors
     /// [`Error::Internal`] if a value has no TOML form.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self).map_err(|e| Error::internal(format!("the configuration as TOML: {e}")))
+        let keys = toml::to_string(self).map_err(|e| Error::internal(format!("the configuration as TOML: {e}")))?;
+        Ok(format!("# Every key of the run as it was resolved; docs/configuration.md says what each means.\n\n{keys}"))
     }
 
     /// The keys whose values would make a continuation of the run `earlier` another run, with both values.

@@ -58,21 +58,18 @@ pub fn train(
         ));
     }
     let schedule = Schedule::new(&config.optim);
-    let mut trainer = Trainer { config, setup, learner, reference, schedule };
+    let mut trainer = Trainer { config, setup, learner, reference, schedule, finishing: false };
     match trainer.steps(keeper) {
         Ok(()) => {
             keeper.save(trainer.learner)?;
             Ok(Finished::Complete)
         }
-        // Rollouts are what is interrupted; an update under way is finished first, so the state is that of whole steps.
+        // Whatever is interrupted, the state is that of whole steps, or there is a checkpoint of the last of them.
         Err(Error::Cancelled(_)) if setup.stop.load(Ordering::Relaxed) => {
             keeper.save(trainer.learner)?;
             Ok(Finished::Stopped { at: keeper.step() })
         }
-        Err(e) => {
-            keeper.save_after_failure(trainer.learner);
-            Err(e)
-        }
+        Err(e) => Err(keeper.failed(trainer.learner, e)),
     }
 }
 
@@ -82,6 +79,8 @@ struct Trainer<'a> {
     learner: &'a mut Learner,
     reference: Option<&'a Model>,
     schedule: Schedule,
+    /// It was asked to stop, and finishes a step first.
+    finishing: bool,
 }
 
 /// The episodes of a step that the loss is about, and what was left out.
@@ -151,8 +150,10 @@ impl Trainer<'_> {
                 _ => vec![None; parts.len()],
             };
             let goal = Goal::Grpo { clip_low: a.clip_low as f32, clip_high: a.clip_high as f32, beta: a.beta as f32 };
+            let updates = a.iterations * parts.len();
             for iteration in 0..a.iterations {
                 for (i, (part, reference)) in parts.iter().zip(&references).enumerate() {
+                    self.look_for_stop(iteration * parts.len() + i, updates, keeper)?;
                     let (stats, update) = self.learner.update(part, goal, reference.as_deref(), lr)?;
                     if iteration == 0 && i == 0 {
                         mismatch = largest_mismatch(part, &stats);
@@ -198,6 +199,26 @@ impl Trainer<'_> {
             selected.groups.iter().flatten().find(|(s, _)| std::ptr::eq(*s, t)).map(|(_, a)| f64::from(*a))
         })?;
         keeper.log(step, &metrics, Phase::Train, &views)
+    }
+
+    /// Ends a step whose update number `next` (from 0) of `updates` comes next, if somebody has asked for that and no complete
+    /// step is lost by it: before the first update nothing has moved yet, and between two of them there must be a checkpoint of
+    /// the step before. Otherwise the rest is soon done, beside what would have to be done again.
+    fn look_for_stop(&mut self, next: usize, updates: usize, keeper: &Keeper) -> Result<()> {
+        if !self.setup.stop.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        if next == 0 || keeper.is_saved() {
+            return Err(Error::Cancelled("the updates were asked to stop".into()));
+        }
+        if !std::mem::replace(&mut self.finishing, true) {
+            keeper.note(&format!(
+                "finishing the {} updates that step {} still has: without them all steps since the last checkpoint would be lost",
+                updates - next,
+                keeper.step() + 1
+            ));
+        }
+        Ok(())
     }
 
     /// Advantages, and what has none.

@@ -170,7 +170,7 @@ impl Learner {
         lr: f64,
     ) -> Result<(TokenStats, Update)> {
         let model = self.model.clone();
-        let _weights = model.take_weights()?;
+        let _weights = model.take_trainable()?;
         let stats = self.gradients(micros, goal, ref_logp)?;
         let update = self.optimizer.step(&self.stream, &self.model.params, &self.grads.flat, &self.options, lr)?;
         self.stream.synchronize()?;

@@ -145,6 +145,7 @@ pub fn eval_options(options: &EpisodeOptions, config: &RunConfig) -> EpisodeOpti
 
 /// What a run writes down, and the step it has reached.
 pub struct Keeper {
+    dir: PathBuf,
     metrics: MetricsLog,
     pub(super) store: TrajectoryStore,
     checkpoints: Checkpoints,
@@ -194,6 +195,7 @@ impl Keeper {
             .map(|r| r.step)
             .max();
         Ok(Keeper {
+            dir: run_dir.to_path_buf(),
             metrics,
             store,
             evaluated,
@@ -218,6 +220,44 @@ impl Keeper {
         self.progress.busy(format!("{what} {done}/{total}"));
     }
 
+    /// A line above the bar.
+    pub(super) fn note(&self, text: &str) {
+        self.progress.note(text);
+    }
+
+    /// Whether the state after the step reached is on the disk, or is that in which the run began: whoever gives up what came
+    /// after it gives up nothing that is complete.
+    pub(super) fn is_saved(&self) -> bool {
+        self.saved == Some(self.state.step)
+    }
+
+    /// That the run's folder is still where it was.
+    fn check_folder(&self) -> Result<()> {
+        if self.metrics.is_in_place() {
+            return Ok(());
+        }
+        Err(Error::input(
+            format!(
+                "{}: the run's folder was removed, renamed or replaced while the run was at work (after step {})",
+                self.dir.display(),
+                self.state.step
+            ),
+            "leave it where it is until the run has ended; if it was renamed, go on from its newest checkpoint under the new name \
+             (--resume), else begin again",
+        ))
+    }
+
+    /// The error to report for a run that `e` ends, having saved its last complete step if that can be done: see
+    /// [`save_after_failure`](Self::save_after_failure). Where the run's folder is gone that is the reason for whatever failed,
+    /// and nothing is written to where it was.
+    pub(super) fn failed(&mut self, learner: &mut Learner, e: Error) -> Error {
+        if let Err(gone) = self.check_folder() {
+            return gone;
+        }
+        self.save_after_failure(learner);
+        e
+    }
+
     /// Notes that a step's updates are done. What comes after them, such as writing down how it went, may fail without making
     /// the step any less complete.
     pub(super) fn completed(&mut self, learner: &mut Learner) {
@@ -236,7 +276,7 @@ impl Keeper {
     /// For a run that an error ends: writes a checkpoint of the last complete step, unless there is one, or the weights are no
     /// longer those after that step because an update of the next one has moved them. A failure is only noted: the error
     /// that ends the run is the one to report.
-    pub(super) fn save_after_failure(&mut self, learner: &mut Learner) {
+    fn save_after_failure(&mut self, learner: &mut Learner) {
         let optimizer = learner.optimizer();
         if optimizer.updates() != self.state.updates || optimizer.has_diverged() || self.unsaved == Some(self.step()) {
             return;
@@ -249,11 +289,13 @@ impl Keeper {
     /// Writes a checkpoint of the step reached, unless there is one.
     ///
     /// # Errors
-    /// [`Error::Io`], for example on a full disk; earlier checkpoints are as they were.
+    /// [`Error::Io`], for example on a full disk; earlier checkpoints are as they were. [`Error::Input`] where the run's folder
+    /// is no longer there.
     pub fn save(&mut self, learner: &mut Learner) -> Result<()> {
-        if self.saved == Some(self.state.step) {
+        if self.is_saved() {
             return Ok(());
         }
+        self.check_folder()?;
         self.unsaved = Some(self.state.step);
         let (model, stream) = (learner.model().clone(), learner.stream().clone());
         let options = SaveOptions { copy: self.companions.clone(), ..Default::default() };
@@ -276,6 +318,7 @@ impl Keeper {
         phase: Phase,
         episodes: &[EpisodeView],
     ) -> Result<()> {
+        self.check_folder()?;
         self.metrics.log(step + u64::from(phase == Phase::Train), metrics)?;
         if !episodes.is_empty() {
             self.store.write(phase, step, episodes)?;
@@ -411,6 +454,7 @@ fn view(
         kind: t.kind.clone(),
         group: job.group,
         sample: t.sample,
+        of: job.samples as u64,
         question: t.question.clone(),
         answers: t.answers.clone(),
         prediction: t.answer().map(str::to_owned),
@@ -519,5 +563,19 @@ mod tests {
         assert!(keeper.save(&mut learner).is_err());
         // Noted, and no panic and no second attempt.
         keeper.save_after_failure(&mut learner);
+        // A folder that is gone is the reason for any failure, and does not come back.
+        keeper.completed(&mut learner);
+        let away = dir.path().with_extension("renamed");
+        std::fs::rename(dir.path(), &away).unwrap();
+        let told = [
+            keeper.failed(&mut learner, Error::internal("something else")),
+            keeper.save(&mut learner).unwrap_err(),
+            keeper.log(2, &[("optim/lr", 1.0)], Phase::Train, &[]).unwrap_err(),
+        ];
+        for e in told.map(|e| e.to_string()) {
+            assert!(e.contains("removed, renamed or replaced") && e.contains("after step 3"), "{e}");
+        }
+        assert!(!dir.path().exists());
+        std::fs::remove_dir_all(away).unwrap();
     }
 }

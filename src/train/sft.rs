@@ -34,10 +34,7 @@ pub fn sft(
             keeper.save(learner)?;
             Ok(Finished::Stopped { at: keeper.step() })
         }
-        Err(e) => {
-            keeper.save_after_failure(learner);
-            Err(e)
-        }
+        Err(e) => Err(keeper.failed(learner, e)),
     }
 }
 

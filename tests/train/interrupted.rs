@@ -1,12 +1,16 @@
 //! Processes that end before their work is done: killed at any moment, or asked to stop.
 
 use super::school::{ok, school, sft_args, stderr, text};
-use super::{Ended, Job, moved};
+use super::{Ended, Job, Run, Turn, moved, train};
 use std::hash::{BuildHasher, RandomState};
+use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use varft::report::read_metrics;
 use varft::train::Checkpoints;
+use varft::train::grpo::Finished;
 
 /// The moments of kills, from a seed that is printed; `VARFT_KILL_SEED` gives that of an earlier test to have its kills again.
 struct Moments(u64);
@@ -138,9 +142,105 @@ fn ctrl_c_saves_and_says_how_to_go_on() {
     assert!(said.contains(&format!("varft train {} --resume", text(&run))), "{said}");
     let step = Checkpoints::new(&run, 0).latest().unwrap().0.unwrap().state.step;
     assert!(step >= 2 && said.contains(&format!("after step {step}")), "{said}");
-    assert!(run.join("report.html").is_file());
+    let page = std::fs::read_to_string(run.join("report.html")).unwrap();
+    for (name, _) in read_metrics(&run).unwrap().iter().flat_map(|r| &r.values) {
+        assert!(!page.contains(&format!("<b>{name}</b>")), "no title for {name}");
+    }
     // By the folder alone, as the message says.
     let steps = format!("optim.steps={}", step + 1);
     ok(&["train", text(&run), "--resume", "--set", &steps]);
     assert!(run.join(format!("checkpoints/step-{}/model.safetensors", step + 1)).is_file());
+}
+
+#[test]
+fn ctrl_c_between_the_updates_of_a_step_ends_it_and_costs_no_complete_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let (calm, first, saved) = (dir.path().join("calm"), dir.path().join("first"), dir.path().join("saved"));
+    const UPDATES: u64 = 60;
+    let updates = format!("algo.iterations={UPDATES}");
+    let keys = [
+        "log.eval_every=0",
+        "log.keep_last=0",
+        "optim.lr=1e-4",
+        "optim.steps=3",
+        "algo.mask_truncated=false",
+        &updates,
+    ];
+    train(&[&keys[..], &["optim.steps=1"]].concat(), &calm);
+    // Stops a run once it has begun an update, which takes memory for what it works on, after so many steps were logged.
+    let stop_in_an_update = |run: &mut Run, dir: &Path, steps: usize| {
+        let (device, stop) = (run.learner.model().device().clone(), run.setup.stop.clone());
+        let (dir, done) = (dir.to_path_buf(), Arc::new(AtomicBool::new(false)));
+        let watch = {
+            let done = done.clone();
+            std::thread::spawn(move || {
+                while read_metrics(&dir).unwrap().len() < steps && !done.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                let before = device.allocated_bytes();
+                while device.allocated_bytes() == before && !done.load(Ordering::Relaxed) {
+                    std::thread::yield_now();
+                }
+                stop.store(true, Ordering::Relaxed);
+            })
+        };
+        let finished = run.train();
+        done.store(true, Ordering::Relaxed);
+        watch.join().unwrap();
+        (finished.unwrap(), run.learner.optimizer().updates())
+    };
+    // In the first step, before anything is saved: nothing is lost by ending at once.
+    let mut run =
+        Run::new(&[&keys[..], &["log.checkpoint_every=0"]].concat(), &first, u64::MAX, Arc::new(Turn)).unwrap();
+    let (finished, updates) = stop_in_an_update(&mut run, &first, 0);
+    assert_eq!(finished, Finished::Stopped { at: 0 });
+    assert!((1..UPDATES).contains(&updates), "{updates}");
+    assert!(!first.join("checkpoints").exists() && read_metrics(&first).unwrap().is_empty());
+    // In the second, with the first one saved: that is what the run goes on from.
+    let mut run =
+        Run::new(&[&keys[..], &["log.checkpoint_every=1"]].concat(), &saved, u64::MAX, Arc::new(Turn)).unwrap();
+    let (finished, updates) = stop_in_an_update(&mut run, &saved, 1);
+    assert_eq!(finished, Finished::Stopped { at: 1 });
+    assert!((UPDATES + 1..2 * UPDATES).contains(&updates), "{updates}");
+    assert_eq!(Checkpoints::new(&saved, 0).latest().unwrap().0.unwrap().state.step, 1);
+    // In the second, with nothing saved: it is finished first.
+    let unsaved = dir.path().join("unsaved");
+    let mut run =
+        Run::new(&[&keys[..], &["log.checkpoint_every=0"]].concat(), &unsaved, u64::MAX, Arc::new(Turn)).unwrap();
+    let (finished, updates) = stop_in_an_update(&mut run, &unsaved, 1);
+    assert_eq!((finished, updates), (Finished::Stopped { at: 2 }, 2 * UPDATES));
+    for file in ["model.safetensors", "optimizer.safetensors", "train_state.json"] {
+        let read = |run: &Path| std::fs::read(run.join("checkpoints/step-1").join(file)).unwrap();
+        assert!(read(&calm) == read(&saved), "{file}");
+    }
+}
+
+#[test]
+fn a_run_whose_folder_is_taken_away_says_so_and_makes_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, keys) in
+        [("metrics", &["log.trajectories=0"][..]), ("episodes", &[]), ("saved", &["log.checkpoint_every=1"])]
+    {
+        let run = dir.path().join(name);
+        let common = ["log.eval_every=0", "log.tensorboard=false"];
+        let job = Job::train(school(), &run, 100_000, &[&common[..], keys].concat());
+        let child = job.command().spawn().unwrap();
+        while read_metrics(&run).map_or(0, |m| m.len()) < 2 {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let away = dir.path().join(format!("{name}-away"));
+        std::fs::rename(&run, &away).unwrap();
+        let o = child.wait_with_output().unwrap();
+        let said = stderr(&o);
+        assert_eq!(o.status.code(), Some(1), "{said}");
+        assert!(
+            said.contains("the run's folder was removed, renamed or replaced") && !said.contains("panicked"),
+            "{said}"
+        );
+        assert!(!run.exists(), "{name}");
+        if name == "saved" {
+            let step = Checkpoints::new(&away, 0).latest().unwrap().0.unwrap().state.step;
+            ok(&["train", text(&away), "--resume", "--set", &format!("optim.steps={step}")]);
+        }
+    }
 }

@@ -78,52 +78,72 @@ impl Examples for RunningOut {
 
 /// [`train_with`] on so many questions.
 fn train_on(keys: &[&str], run: &Path, questions: u64, tool: Arc<dyn Tool>) -> varft::Result<Finished> {
-    let config = config(&school().model, run, keys);
-    let device = Device::cpu(2);
-    let options = LoadOptions { freeze_vision: config.model.freeze_vision, progress: false };
-    let model = Arc::new(Model::load(&school().model, &device, &options).unwrap());
-    let reference = (config.algo.beta > 0.0).then(|| Model::load(&school().model, &device, &options).unwrap());
-    let tokenizer = Arc::new(Tokenizer::load(&school().model).unwrap());
-    let r = &config.rollout;
-    let engine_options = EngineOptions {
-        kv_bytes: r.kv_cache_mib << 20,
-        vision_bytes: r.vision_cache_mib << 20,
-        max_context: r.context,
-        tokenizer: Some(tokenizer.clone()),
-        ..EngineOptions::default()
-    };
-    let engine = Arc::new(Engine::start(model.clone(), engine_options).unwrap());
-    let template = Arc::new(ChatTemplate::builtin());
-    let processor = ImageProcessor { min_pixels: config.model.min_pixels, ..Default::default() };
-    let see = move |i: &Arc<image::RgbImage>| {
-        let (height, width) = (i.height() as usize, i.width() as usize);
-        processor.process_picture(Picture { pixels: i.as_raw().clone(), height, width }, "image").map(Arc::new)
-    };
-    let task = Arc::new(Synthetic::new(config.task.synthetic.clone(), 0).unwrap());
-    let sampling = Sampling { max_tokens: r.max_new_tokens, ..Sampling::default() };
-    let setup = Setup {
-        rollouts: Rollouts {
-            policy: Arc::new(EnginePolicy::new(engine.clone(), tokenizer.clone(), template)),
-            protocol: CodingProtocol { style: PromptStyle::Brief },
-            tool,
-            see: Arc::new(see),
-            options: EpisodeOptions { max_turns: r.max_turns, sampling, ..Default::default() },
-            concurrency: 8,
+    Run::new(keys, run, questions, tool)?.train()
+}
+
+/// A run in this process, set up.
+struct Run {
+    config: RunConfig,
+    setup: Setup,
+    learner: Learner,
+    reference: Option<Model>,
+    keeper: Keeper,
+}
+
+impl Run {
+    fn new(keys: &[&str], run: &Path, questions: u64, tool: Arc<dyn Tool>) -> varft::Result<Run> {
+        let config = config(&school().model, run, keys);
+        let device = Device::cpu(2);
+        let options = LoadOptions { freeze_vision: config.model.freeze_vision, progress: false };
+        let model = Arc::new(Model::load(&school().model, &device, &options).unwrap());
+        let reference = (config.algo.beta > 0.0).then(|| Model::load(&school().model, &device, &options).unwrap());
+        let tokenizer = Arc::new(Tokenizer::load(&school().model).unwrap());
+        let r = &config.rollout;
+        let engine_options = EngineOptions {
+            kv_bytes: r.kv_cache_mib << 20,
+            vision_bytes: r.vision_cache_mib << 20,
+            max_context: r.context,
+            tokenizer: Some(tokenizer.clone()),
+            ..EngineOptions::default()
+        };
+        let engine = Arc::new(Engine::start(model.clone(), engine_options).unwrap());
+        let template = Arc::new(ChatTemplate::builtin());
+        let processor = ImageProcessor { min_pixels: config.model.min_pixels, ..Default::default() };
+        let see = move |i: &Arc<image::RgbImage>| {
+            let (height, width) = (i.height() as usize, i.width() as usize);
+            processor.process_picture(Picture { pixels: i.as_raw().clone(), height, width }, "image").map(Arc::new)
+        };
+        let task = Arc::new(Synthetic::new(config.task.synthetic.clone(), 0).unwrap());
+        let sampling = Sampling { max_tokens: r.max_new_tokens, ..Sampling::default() };
+        let setup = Setup {
+            rollouts: Rollouts {
+                policy: Arc::new(EnginePolicy::new(engine.clone(), tokenizer.clone(), template)),
+                protocol: CodingProtocol { style: PromptStyle::Brief },
+                tool,
+                see: Arc::new(see),
+                options: EpisodeOptions { max_turns: r.max_turns, sampling, ..Default::default() },
+                concurrency: 8,
+                stop: Arc::default(),
+            },
+            engine: engine.clone(),
+            tokenizer: tokenizer.clone(),
+            train: Arc::new(RunningOut {
+                all: SyntheticExamples { task, subset: Subset::Train, items: 50 },
+                left: AtomicU64::new(questions),
+            }),
+            eval: Vec::new(),
             stop: Arc::default(),
-        },
-        engine: engine.clone(),
-        tokenizer: tokenizer.clone(),
-        train: Arc::new(RunningOut {
-            all: SyntheticExamples { task, subset: Subset::Train, items: 50 },
-            left: AtomicU64::new(questions),
-        }),
-        eval: Vec::new(),
-        stop: Arc::default(),
-    };
-    let mut learner = Learner::new(model, &config.optim, engine.forbidden())?;
-    let state = TrainState { kind: "train".into(), step: 0, updates: 0 };
-    let mut keeper = Keeper::open(run, &config, state, tokenizer, Vec::new()).unwrap();
-    grpo::train(&config, &setup, &mut learner, reference.as_ref(), &mut keeper)
+        };
+        let learner = Learner::new(model, &config.optim, engine.forbidden())?;
+        let state = TrainState { kind: "train".into(), step: 0, updates: 0 };
+        let keeper = Keeper::open(run, &config, state, tokenizer, Vec::new()).unwrap();
+        Ok(Run { config, setup, learner, reference, keeper })
+    }
+
+    fn train(&mut self) -> varft::Result<Finished> {
+        let Run { config, setup, learner, reference, keeper } = self;
+        grpo::train(config, setup, learner, reference.as_ref(), keeper)
+    }
 }
 
 fn figure(r: &Record, name: &str) -> f64 {

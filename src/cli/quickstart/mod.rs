@@ -55,6 +55,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if args.smoke {
         overrides.extend(SMOKE.map(String::from));
     }
+    if let Some(steps) = chosen_steps(&args.overrides) {
+        // A person who asks for fewer steps need not know of the warm-up.
+        let warmup = RunConfig::read_text(RUN, "the quickstart's run file", &[])?.optim.warmup_steps;
+        overrides.push(format!("optim.warmup_steps={}", warmup.min(steps)));
+    }
     overrides.extend(args.overrides.iter().cloned());
     let mut config = RunConfig::read_text(RUN, "the quickstart's run file", &overrides)?;
     if config.log.eval_every == 0 {
@@ -131,6 +136,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
         ))),
         Err(e) => Err(e),
     }
+}
+
+/// The value of `optim.steps` among `overrides`, if it is there and a number.
+fn chosen_steps(overrides: &[String]) -> Option<u64> {
+    let pairs = overrides.iter().rev().filter_map(|o| o.split_once('='));
+    pairs.into_iter().find(|(key, _)| key.trim() == "optim.steps")?.1.trim().parse().ok()
 }
 
 /// Prints the scores before the first step and after step `last`, as far as they are known. `blind`: those with the tool's

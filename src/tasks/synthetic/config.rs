@@ -30,7 +30,7 @@ pub struct Config {
     pub width: [u32; 2],
     /// Height in pixels, before degradation.
     pub height: [u32; 2],
-    /// Kinds of content, each equally likely. Crops ask about text whatever is drawn.
+    /// Kinds of content (`word`, `digits`, `colour`), each equally likely. Crops ask about text whatever is drawn.
     pub content: Vec<Content>,
     /// Letters of a word, from 3 to 7.
     pub letters: [u32; 2],
@@ -46,7 +46,7 @@ pub struct Config {
     pub clutter: [u32; 2],
     /// The largest random change of a background pixel, in steps of 255.
     pub grain: f32,
-    /// Degradations, each equally likely. Crops and untouched images are among them.
+    /// Degradations by the names of MAT-Coding (as in the default), each equally likely. Crops and untouched images are among them.
     pub degradations: Vec<Degradation>,
     /// The share of examples whose image is rotated and degraded otherwise as well. Both come from `degradations`.
     pub pairs: f32,

@@ -82,9 +82,7 @@ impl Synthetic {
 
     /// Example number `index` of a subset; the same for the same seed and configuration, whatever else was asked for.
     pub fn example(&self, subset: Subset, index: u64) -> Example {
-        let mut rng = Rng::new(&[self.seed, subset as u64, index]);
-        let kinds = self.draw_kinds(&mut rng);
-        let (width, height) = (rng.int(self.config.width), rng.int(self.config.height));
+        let (mut rng, kinds, width, height) = self.begin(subset, index);
         let mut scene = Scene { task: self, subset, photographic: false, image: RgbImage::new(0, 0) };
         scene.background(&mut rng, width, height);
         let is_crop = kinds == [Degradation::Crop];
@@ -114,6 +112,26 @@ impl Synthetic {
             original: Arc::new(original),
             processed: Arc::new(processed),
         }
+    }
+
+    /// A question as long as any that example number `index` may ask, and the (height, width) of the image that it gives.
+    pub(super) fn outline(&self, subset: Subset, index: u64) -> (String, (usize, usize)) {
+        let (_, kinds, width, height) = self.begin(subset, index);
+        let size = (height as usize, width as usize);
+        match kinds[0] {
+            Degradation::Crop => (ask_crop([1000; 4]), size),
+            Degradation::Rotation90 => (ask_text(Content::Digits), (size.1, size.0)),
+            // No other question is longer.
+            _ => (ask_text(Content::Digits), size),
+        }
+    }
+
+    /// What an example begins with: its noise, what is done to its image, the image's width and height before that.
+    fn begin(&self, subset: Subset, index: u64) -> (Rng, Vec<Degradation>, u32, u32) {
+        let mut rng = Rng::new(&[self.seed, subset as u64, index]);
+        let kinds = self.draw_kinds(&mut rng);
+        let (width, height) = (rng.int(self.config.width), rng.int(self.config.height));
+        (rng, kinds, width, height)
     }
 
     fn draw_kinds(&self, rng: &mut Rng) -> Vec<Degradation> {
@@ -256,8 +274,7 @@ impl Scene<'_> {
         }
         let area = self.write(rng, &text, scale, &[]);
         self.clutter(rng, &mut area.into_iter().collect());
-        let noun = if content == Content::Word { "word" } else { "number" };
-        (format!("What {noun} is written in the image?"), text, scale, None)
+        (ask_text(content), text, scale, None)
     }
 
     fn small_texts(&mut self, rng: &mut Rng) -> Asked {
@@ -284,13 +301,9 @@ impl Scene<'_> {
             (area.right * 1000).div_ceil(width),
             (area.bottom * 1000).div_ceil(height),
         ];
-        let question = format!(
-            "What is written inside the box {normal:?}? The box is [x_min, y_min, x_max, y_max], normalized to 0-1000 by the width \
-             and height of the image."
-        );
         let pixels =
             [normal[0] * width / 1000, normal[1] * height / 1000, normal[2] * width / 1000, normal[3] * height / 1000];
-        (question, text, scale, Some(pixels))
+        (ask_crop(normal), text, scale, Some(pixels))
     }
 
     fn shapes(&mut self, rng: &mut Rng) -> Asked {
@@ -319,6 +332,18 @@ impl Scene<'_> {
         }
         (format!("What color is the {}?", asked.0), asked.1.to_string(), (width.min(height) / 40).max(2), None)
     }
+}
+
+fn ask_text(content: Content) -> String {
+    let noun = if content == Content::Word { "word" } else { "number" };
+    format!("What {noun} is written in the image?")
+}
+
+fn ask_crop(area: [u32; 4]) -> String {
+    format!(
+        "What is written inside the box {area:?}? The box is [x_min, y_min, x_max, y_max], normalized to 0-1000 by the width \
+         and height of the image."
+    )
 }
 
 /// The code that undoes what was done to the example's input, as the `python` tool runs it; empty where nothing was done.
