@@ -6,10 +6,11 @@ use varft::train::RunConfig;
 
 /// Which commands a key matters to, by the longest of these that it begins with. `sft`: with the synthetic task's demonstrations
 /// in place of `sft.data`, where that makes a difference.
-const USED_BY: [(&str, &str); 31] = [
+const USED_BY: [(&str, &str); 32] = [
     ("run.name", "sft, train"),
     ("run.dir", "sft, train"),
     ("run.seed", "sft, train, rollout, eval"),
+    ("run.device", "sft, train, rollout, eval"),
     ("run.threads", "sft, train, rollout, eval"),
     ("model.path", "sft, train, rollout, eval"),
     ("model.freeze_vision", "sft, train"),

@@ -11,7 +11,7 @@ use crate::tasks::{Example, Examples, MatExamples, Outline, SyntheticExamples};
 use crate::tools::python::environment::Search;
 use crate::tools::{Limits, PythonOptions, PythonTool, Tool};
 use crate::train::RunConfig;
-use crate::train::config::TaskKind;
+use crate::train::config::{Place, TaskKind};
 use crate::train::learner::Learner;
 use crate::train::room::{self, Source};
 use crate::train::run::Setup;
@@ -62,7 +62,11 @@ impl Loaded {
         Config::load(&dir)?.check_tokenizer(&tokenizer)?;
         let template = Arc::new(ChatTemplate::load(&dir)?);
         let preprocessor = preprocessor(config, &dir)?;
-        let device = Device::cpu(config.run.threads);
+        let device = match config.run.device {
+            Place::Cpu => Device::cpu(config.run.threads),
+            Place::Cuda => Device::cuda(0)?,
+            Place::Emulated => Device::emulated(config.run.seed)?,
+        };
         let options = LoadOptions { freeze_vision: config.model.freeze_vision, progress: true };
         let model = Arc::new(Model::load(weights.unwrap_or(&dir), &device, &options)?);
         let companions = COMPANIONS.iter().map(|f| dir.join(f)).filter(|p| p.is_file()).collect();

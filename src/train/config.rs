@@ -60,6 +60,18 @@ macro_rules! section {
     };
 }
 
+/// What a run computes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    /// The host's cores, in f32.
+    Cpu,
+    /// NVIDIA's first card, in bf16.
+    Cuda,
+    /// The CUDA kernels on the host's cores, under the emulator's checks.
+    Emulated,
+}
+
 section! {
     /// `[run]`
     Run {
@@ -69,6 +81,9 @@ section! {
         dir: String = "runs".into(),
         /// Decides what is random in the run: the order of the questions, and what is sampled.
         seed: u64 = 0,
+        /// `cpu`, `cuda` (NVIDIA's first card; no card has run it yet) or `emulated` (the CUDA kernels on the host under checks,
+        /// hundreds of times slower: for tests).
+        device: Place = Place::Cpu,
         /// Threads of the device; 0 means all cores that the process may use. Changes no result.
         threads: usize = 0,
     }

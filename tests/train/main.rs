@@ -1,5 +1,7 @@
 //! Training as a whole: what a step does, and that a run survives whatever ends it.
 
+#[cfg(emulator)]
+mod emulated;
 mod full_disk;
 mod interrupted;
 #[path = "../school/mod.rs"]

@@ -55,7 +55,7 @@ fn what_the_tool_failed_is_left_out_with_its_group_and_counted() {
     for r in read_metrics(&run).unwrap() {
         let file =
             store.files().unwrap().into_iter().find(|f| f.phase == Phase::Train && f.step + 1 == r.step).unwrap();
-        let episodes = store.read(&file, 100).unwrap();
+        let (episodes, _) = store.read(&file, 100).unwrap();
         let void = figure(&r, "episodes/void");
         voids += void;
         assert_eq!(episodes.len() as f64 + void, 12.0, "three groups of four: {r:?}");

@@ -87,7 +87,7 @@ pub(super) fn remake(config: &RunConfig, dir: &Path) -> Result<()> {
 }
 
 /// Steps of supervised training.
-const STEPS: u64 = 800;
+const STEPS: u64 = 1000;
 
 /// What lessons are made with.
 struct School {

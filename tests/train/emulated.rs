@@ -1,0 +1,47 @@
+//! A run on the emulated device: the CUDA kernels, from images to moved weights.
+
+use super::school::{COMMON, ok, run_keys, school, text};
+use std::path::Path;
+use varft::report::read_metrics;
+
+/// Few and short episodes: every multiplication is emulated. The last two keys let every step move the weights.
+const KEYS: [&str; 9] = [
+    "run.device=emulated",
+    "rollout.prompts=2",
+    "rollout.group_size=3",
+    "rollout.max_new_tokens=24",
+    "log.eval_every=0",
+    "log.checkpoint_every=1",
+    "optim.lr=1e-3",
+    "algo.drop_zero_variance=false",
+    "algo.beta=0.1",
+];
+
+fn train(run: &Path, steps: u64, more: &[&str]) {
+    let own = [format!("model.path={}", text(&school().model)), format!("optim.steps={steps}")];
+    let keys = COMMON.iter().chain(&KEYS).map(|k| k.to_string()).chain(run_keys(run)).chain(own);
+    let args: Vec<String> = keys.flat_map(|k| ["--set".into(), k]).collect();
+    let args: Vec<&str> =
+        ["train"].into_iter().chain(args.iter().map(String::as_str)).chain(more.iter().copied()).collect();
+    ok(&args);
+}
+
+#[test]
+fn a_run_rolls_out_learns_saves_and_goes_on_to_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
+    train(&whole, 2, &[]);
+    let steps: Vec<_> = read_metrics(&whole).unwrap();
+    let all = |name: &str| -> Vec<f64> {
+        let values = steps.iter().flat_map(|r| &r.values);
+        values.filter(|(n, _)| n == name).map(|(_, v)| *v).collect()
+    };
+    assert_eq!(all("policy/mismatch"), [0.0, 0.0], "the trainer's log-probabilities are the sampler's");
+    assert!(all("optim/grad_norm").iter().all(|g| g.is_finite()) && all("optim/skipped") == [0.0, 0.0], "{steps:?}");
+    let weights = |run: &Path| std::fs::read(run.join("checkpoints/step-2/model.safetensors")).unwrap();
+    let moments = |run: &Path| std::fs::read(run.join("checkpoints/step-2/optimizer.safetensors")).unwrap();
+    assert!(weights(&whole) != std::fs::read(school().model.join("model.safetensors")).unwrap(), "nothing was learned");
+    train(&parts, 1, &[]);
+    ok(&["train", text(&parts), "--resume", "--set", "optim.steps=2"]);
+    assert!(weights(&parts) == weights(&whole) && moments(&parts) == moments(&whole));
+}
