@@ -167,9 +167,10 @@ fn ctrl_c_between_the_updates_of_a_step_ends_it_and_costs_no_complete_step() {
         &updates,
     ];
     train(&[&keys[..], &["optim.steps=1"]].concat(), &calm);
-    // Stops a run once it has begun an update, which takes memory for what it works on, after so many steps were logged.
+    // Stops a run between two updates of a step, after so many steps were logged: when nobody reads the weights, and they have
+    // moved since that was so for the first time.
     let stop_in_an_update = |run: &mut Run, dir: &Path, steps: usize| {
-        let (device, stop) = (run.learner.model().device().clone(), run.setup.stop.clone());
+        let (model, stop) = (run.learner.model().clone(), run.setup.stop.clone());
         let (dir, done) = (dir.to_path_buf(), Arc::new(AtomicBool::new(false)));
         let watch = {
             let done = done.clone();
@@ -177,8 +178,15 @@ fn ctrl_c_between_the_updates_of_a_step_ends_it_and_costs_no_complete_step() {
                 while read_metrics(&dir).unwrap().len() < steps && !done.load(Ordering::Relaxed) {
                     std::thread::sleep(Duration::from_millis(1));
                 }
-                let before = device.allocated_bytes();
-                while device.allocated_bytes() == before && !done.load(Ordering::Relaxed) {
+                let s = model.device().stream();
+                let mut first: Option<Vec<f32>> = None;
+                while !done.load(Ordering::Relaxed) {
+                    if let Ok(_weights) = model.take_weights() {
+                        let now = s.read::<f32>(&model.params.flat.view(0, 64)).wait().unwrap();
+                        if *first.get_or_insert(now.clone()) != now {
+                            break;
+                        }
+                    }
                     std::thread::yield_now();
                 }
                 stop.store(true, Ordering::Relaxed);
