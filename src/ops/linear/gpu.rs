@@ -232,8 +232,7 @@ mod tests {
                         assert!(off < 1e-4, "element {i} of [{m}, {n}, {k}], {family:?} {tile:?}: {got}, not {want}");
                         assert_eq!(narrow[i], bf16::from_f32(got), "element {i} of [{m}, {n}, {k}], {tile:?}");
                     }
-                    let bits = wide.into_iter().map(f32::to_bits).collect();
-                    let bits = (bits, narrow);
+                    let bits: (Vec<u32>, Vec<bf16>) = (wide.into_iter().map(f32::to_bits).collect(), narrow);
                     assert!(*first.get_or_insert_with(|| bits.clone()) == bits, "[{m}, {n}, {k}], {family:?} {tile:?}");
                 }
             }
