@@ -93,12 +93,13 @@ __device__ __forceinline__ bf16* chunk(bf16* tile, int row, int c) {
 // Starts copies of `count` keys, whole pages, from a page's first on (or of values: `x` is which); zeros from `end` on.
 template <int HD, class Keys>
 __device__ __forceinline__ void load_keys(bf16* to, const bf16* x, const Keys& keys, int first, int count, int end) {
-  constexpr int CHUNKS = HD / 8;
+  constexpr int CHUNKS = HD / 8, TURNS = (PAGE * CHUNKS + THREADS - 1) / THREADS;
   for (int page = 0; page < count; page += PAGE) {
     const bf16* from = x + keys.at(first + page);
 #pragma unroll
-    for (int i = threadIdx.x; i < PAGE * CHUNKS; i += THREADS) {
-      const int row = i / CHUNKS, c = i % CHUNKS;
+    for (int turn = 0; turn < TURNS; turn++) {
+      const int i = turn * THREADS + threadIdx.x, row = i / CHUNKS, c = i % CHUNKS;
+      if (i >= PAGE * CHUNKS) break;
       const bool there = first + page + row < end;
       cp_async<16>(chunk<HD>(to, page + row, c), there ? from + static_cast<size_t>(row) * keys.stride + c * 8 : x, there ? 16 : 0);
     }
