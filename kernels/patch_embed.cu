@@ -144,7 +144,7 @@ patch_embed_forward(const unsigned char* pixels,
         const unsigned char* at = levels + (m_warp + i * 8 + lane / 4) * ROW + k;
         const unsigned pair = *reinterpret_cast<const unsigned short*>(at);
         const float low = static_cast<float>(pair & 0xFF), high = static_cast<float>(pair >> 8);
-        a[i / 2][half * 2 + i % 2] = pack_bf16(fmaf(low, scale, shift), fmaf(high, scale, shift));
+        a[i / 2][half * 2 + i % 2] = cvt_bf16x2(fmaf(low, scale, shift), fmaf(high, scale, shift));
       }
     }
     bf16* stage = stages + step % STAGES * STAGE;
@@ -174,7 +174,7 @@ patch_embed_forward(const unsigned char* pixels,
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
         bf16* to = tile + (m_warp + i * 16 + lane / 4 + e / 2 * 8) * OUT_STRIDE + n_warp + j * 8 + lane % 4 * 2;
-        *reinterpret_cast<uint32_t*>(to) = pack_bf16(sums[i][j][e], sums[i][j][e + 1]);
+        *reinterpret_cast<uint32_t*>(to) = cvt_bf16x2(sums[i][j][e], sums[i][j][e + 1]);
       }
   __syncthreads();
   const bool aligned = n % 8 == 0 && aligned16(out);

@@ -10,16 +10,6 @@ struct alignas(16) f32x4 {
   float at[4];
 };
 
-// Two neighbours rounded into one register, the first in its lower half: as fragments of matrices hold them.
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-#ifdef __CUDACC__
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-#else
-  return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
-#endif
-}
-
 // Whether vectors can be loaded from there on.
 __device__ __forceinline__ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
