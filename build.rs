@@ -14,7 +14,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Bits must not depend on the processor, so nothing is contracted into fused multiply-adds that the source doesn't ask for.
+/// Bits must not depend on the processor, so nothing is contracted into fused multiply-adds that the source doesn't ask for;
+/// nor by nvcc, where two kernels must give the same bits.
 const FLAGS: [&str; 8] =
     ["-std=c++17", "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"];
 /// Machine code for Ampere and Hopper, and PTX for what comes after.
@@ -61,15 +62,16 @@ fn fatbins(root: &Path, out: &Path) -> Result<(), String> {
         for source in kernel_files(&kernels)? {
             let name = place(&source, &kernels).replace(".cu", "");
             let fatbin = out.join(format!("{name}.fatbin"));
-            list += &format!("({name:?}, include_bytes!({:?})),\n", fatbin.display().to_string());
+            list += &format!("({name:?}, &Aligned(*include_bytes!({:?})).0),\n", fatbin.display().to_string());
             let mut command = Command::new(&nvcc);
-            command.args(["-std=c++17", "-O3", "--fatbin"]).args(ARCHITECTURES).arg("-I").arg(&kernels);
+            command.args(["-std=c++17", "-O3", "-fmad=false", "--fatbin"]).args(ARCHITECTURES).arg("-I").arg(&kernels);
             command.arg(&source).arg("-o").arg(&fatbin);
             commands.push(command);
         }
         run_all(&mut commands)?;
     }
-    let text = format!("pub(super) const FATBINS: &[(&str, &[u8])] = &[{list}];\n");
+    let aligned = "/// The driver reads words.\n#[repr(C, align(16))]\n#[allow(dead_code)] // where there are none\nstruct Aligned<T>(T);\n";
+    let text = format!("{aligned}pub(super) const FATBINS: &[(&str, &[u8])] = &[{list}];\n");
     std::fs::write(out.join("fatbins.rs"), text).map_err(|e| format!("{}: {e}", out.display()))
 }
 

@@ -31,7 +31,7 @@ PACKAGES = [
     "nvidia-cuda-cuobjdump==13.2.86",
     "nvidia-cuda-nvdisasm==13.2.86",
 ]
-FLAGS = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", "-Wno-deprecated-gpu-targets"]
+FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cubin", "-Xptxas", "-v", "-Wno-deprecated-gpu-targets"]
 ARCHITECTURES = ["sm_80", "sm_90a"]
 
 # Kernels that may spill or use local memory, with the reason.

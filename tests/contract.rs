@@ -315,10 +315,11 @@ fn every_sampled_token_has_the_trainers_log_probability() {
     assert!(preemptions > 15 && retracted > 1000, "{preemptions} {retracted}");
 }
 
-/// The same for the CUDA kernels, as both architectures, with the orders of warps that fresh seeds give.
+/// The same for the CUDA kernels, as both architectures, with the orders of warps that fresh seeds give, and on a card where
+/// there is one.
 #[cfg(emulator)]
 #[test]
-fn every_sampled_token_has_the_trainers_log_probability_on_the_emulated_device() {
+fn every_sampled_token_has_the_trainers_log_probability_with_the_cuda_kernels() {
     use std::hash::{BuildHasher, RandomState};
     let fresh = || RandomState::new().hash_one("seed");
     for sm in [80, 90] {
@@ -327,5 +328,9 @@ fn every_sampled_token_has_the_trainers_log_probability_on_the_emulated_device()
         let devices = [warps, warps.wrapping_add(1)].map(|seed| Device::emulated_as(seed, sm).unwrap());
         let seen = every_token_agrees(&devices.map(|d| model(&d)), (0..2).map(|i| first.wrapping_add(i)));
         assert!(seen.tokens > 0);
+    }
+    match Device::cuda(0) {
+        Ok(card) => assert!(every_token_agrees(&[model(&card)], 0..200).tokens > 5000),
+        Err(e) => println!("no card: {e}"),
     }
 }

@@ -236,7 +236,7 @@ fn tensor_copies_move_swizzled_boxes_through_a_ring_of_mbarriers() {
             let region = [width, 6, 3];
             let data: Vec<u16> = (0..size.iter().take(rank).product::<usize>()).map(|i| i as u16 + 1).collect();
             let x = gpu.copied(&data.iter().map(|&b| bf16::from_bits(b)).collect::<Vec<_>>()).unwrap();
-            let map = TensorMap::new(&x, &size[..rank], &region[..rank], swizzle).unwrap();
+            let map = gpu.tensor_map(&x, &size[..rank], &region[..rank], swizzle).unwrap();
             // Boxes anywhere, also across every edge.
             let boxes = 5;
             let corners: Vec<i32> = (0..boxes * 3).map(|i| rng.below(size[i % 3] as u64 + 10) as i32 - 5).collect();
@@ -403,7 +403,7 @@ fn tensor_copies_that_are_not_waited_for_or_never_complete_are_caught() {
     let gpu = fresh();
     let x = gpu.copied(&vec![bf16::ONE; 64 * 8]).unwrap();
     let out = gpu.alloc(DType::U32, 32).unwrap();
-    let map = TensorMap::new(&x, &[64, 8], &[64, 8], 128).unwrap();
+    let map = gpu.tensor_map(&x, &[64, 8], &[64, 8], 128).unwrap();
     let run = |map: &TensorMap, expected: i32, wait: i32, wanted: &[&str]| {
         let args = [Arg::TensorMap(map), Arg::Buffer(&out), Arg::I32(1024), Arg::I32(expected), Arg::I32(wait)];
         match gpu.launch("box_mistakes", Launch::linear(1, 32).shared(1024), &args) {
@@ -414,8 +414,8 @@ fn tensor_copies_that_are_not_waited_for_or_never_complete_are_caught() {
     run(&map, 1024, 1, &[]);
     run(&map, 1024, 0, &["asynchronous copy not waited for", "tensor copy has not landed"]);
     run(&map, 2048, 1, &["deadlock", "32 in all, at the mbarrier at byte"]);
-    run(&TensorMap::new(&x, &[64, 8], &[64, 8], 32).unwrap(), 1024, 1, &["not as long as the swizzle"]);
-    run(&TensorMap::new(&x, &[60, 8], &[56, 8], 0).unwrap(), 1024, 1, &["not multiples of 16"]);
+    run(&gpu.tensor_map(&x, &[64, 8], &[64, 8], 32).unwrap(), 1024, 1, &["not as long as the swizzle"]);
+    run(&gpu.tensor_map(&x, &[60, 8], &[56, 8], 0).unwrap(), 1024, 1, &["not multiples of 16"]);
 }
 
 #[test]

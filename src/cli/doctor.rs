@@ -1,4 +1,4 @@
-use crate::device::{DType, Device};
+use crate::device::{DType, Device, has_driver};
 use crate::ops::linear::{self, Epilogue, Weight};
 use crate::tools::python::environment::Search;
 use crate::tools::{PythonOptions, PythonTool};
@@ -121,8 +121,13 @@ fn gpu() -> Finding {
             )),
             None => Fine("none".into()),
         },
-        // The first line says what; what to do is for those who want one.
-        Err(e) => Fine(format!("none: {}", e.to_string().lines().next().unwrap_or_default())),
+        Err(e) => {
+            let what = format!("none: {}", e.to_string().lines().next().unwrap_or_default());
+            match has_driver() {
+                true => Warn(what, "the processor does the work; what to do is said with --set run.device=cuda"),
+                false => Fine("none: there is no NVIDIA driver".into()),
+            }
+        }
     }
 }
 

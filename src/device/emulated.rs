@@ -10,6 +10,19 @@ use crate::{Error, Result};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+/// A tensor of bf16 elements and a box of it, as `kernels/emulator/tensor_map.h` has them.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct EmulatedMap {
+    base: u64,
+    size: [u64; 3],
+    stride: [u64; 2],
+    region: [u32; 3],
+    rank: u32,
+    swizzle: u32,
+    reserved: [u32; 15],
+}
+
 /// A GPU that is not there. Launches are synchronous.
 #[derive(Clone, Copy, Debug)]
 pub struct Emulator {
@@ -147,6 +160,29 @@ impl Emulator {
         Ok(())
     }
 
+    /// What stands for a `CUtensorMap`. `size` and `region` (the box) in elements, the innermost dimension first, two or three of them; `swizzle` in bytes.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when the memory is no such tensor. What the hardware refuses besides is an error of the launch.
+    pub fn tensor_map(&self, memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> Result<TensorMap> {
+        let n = size.iter().try_fold(1usize, |n, &s| n.checked_mul(s));
+        let fits = memory.dtype() == DType::BF16 && n.is_some_and(|n| n <= memory.len());
+        if !fits || !(2..=3).contains(&size.len()) || region.len() != size.len() {
+            return Err(Error::internal(format!("boxes of {region:?} in a tensor of {size:?} in {memory:?}")));
+        }
+        let at = |i: usize| size.get(i).map_or(1, |&s| s as u64);
+        let side = |i: usize| region.get(i).copied().unwrap_or(1);
+        Ok(TensorMap::opaque(bytemuck::cast(EmulatedMap {
+            base: memory.address() as u64,
+            size: [at(0), at(1), at(2)],
+            stride: [at(0) * 2, at(0) * at(1) * 2],
+            region: [side(0), side(1), side(2)],
+            rank: size.len() as u32,
+            swizzle,
+            reserved: [0; 15],
+        })))
+    }
+
     /// Runs the kernel of that name to its end.
     ///
     /// # Errors
@@ -188,7 +224,7 @@ impl Arg<'_> {
         match *self {
             Arg::Buffer(b) => pointer(b.dtype()),
             Arg::Null(dtype) => pointer(dtype),
-            Arg::I32(_) => c"i32",
+            Arg::I32(_) | Arg::Len(_) => c"i32",
             Arg::U32(_) => c"u32",
             Arg::U64(_) => c"u64",
             Arg::F32(_) => c"f32",

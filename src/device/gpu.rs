@@ -41,46 +41,10 @@ impl Launch {
 #[derive(Clone, Copy, Debug)]
 pub struct TensorMap([u64; 16]);
 
-/// The emulator's.
-#[repr(C)]
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct EmulatedMap {
-    base: u64,
-    size: [u64; 3],
-    stride: [u64; 2],
-    region: [u32; 3],
-    rank: u32,
-    swizzle: u32,
-    reserved: [u32; 15],
-}
-
 impl TensorMap {
-    /// What the CUDA driver has encoded.
+    /// What a driver has encoded.
     pub(super) fn opaque(words: [u64; 16]) -> TensorMap {
         TensorMap(words)
-    }
-
-    /// One for the emulator. `size` and `region` (the box) in elements, the innermost dimension first, two or three of them; `swizzle` in bytes.
-    ///
-    /// # Errors
-    /// [`Error::Internal`] when the memory is no such tensor. What the hardware refuses besides is an error of the launch.
-    pub fn new(memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> Result<TensorMap> {
-        let n = size.iter().try_fold(1usize, |n, &s| n.checked_mul(s));
-        let fits = memory.dtype() == DType::BF16 && n.is_some_and(|n| n <= memory.len());
-        if !fits || !(2..=3).contains(&size.len()) || region.len() != size.len() {
-            return Err(Error::internal(format!("boxes of {region:?} in a tensor of {size:?} in {memory:?}")));
-        }
-        let at = |i: usize| size.get(i).map_or(1, |&s| s as u64);
-        let side = |i: usize| region.get(i).copied().unwrap_or(1);
-        Ok(TensorMap(bytemuck::cast(EmulatedMap {
-            base: memory.address() as u64,
-            size: [at(0), at(1), at(2)],
-            stride: [at(0) * 2, at(0) * at(1) * 2],
-            region: [side(0), side(1), side(2)],
-            rank: size.len() as u32,
-            swizzle,
-            reserved: [0; 15],
-        })))
     }
 }
 
@@ -93,6 +57,8 @@ pub enum Arg<'a> {
     Null(DType),
     /// An `int`.
     I32(i32),
+    /// An `int` that is a length. A launch with one that does not fit is refused.
+    Len(usize),
     /// An `unsigned`.
     U32(u32),
     /// A `uint64_t`.
@@ -110,6 +76,7 @@ impl<'a> Arg<'a> {
             Arg::Buffer(b) => b.address() as u64,
             Arg::Null(_) | Arg::TensorMap(_) => 0,
             Arg::I32(v) => u64::from(v as u32),
+            Arg::Len(n) => n as u64,
             Arg::U32(v) => u64::from(v),
             Arg::U64(v) => v,
             Arg::F32(v) => u64::from(v.to_bits()),
@@ -121,9 +88,9 @@ impl<'a> Arg<'a> {
         buffer.map_or(Arg::Null(dtype), Arg::Buffer)
     }
 
-    /// An `int` from a length. What is too large becomes -1, which no kernel takes for a length.
+    /// A length, which kernels take as an `int`.
     pub fn len(n: usize) -> Arg<'a> {
-        Arg::I32(i32::try_from(n).unwrap_or(-1))
+        Arg::Len(n)
     }
 }
 
@@ -133,10 +100,26 @@ pub(super) enum Driver {
     Emulated(Emulator),
 }
 
+/// A failure, to be told as often as somebody waits.
+#[derive(Clone)]
+enum Failure {
+    Limit { what: String, mend: String },
+    Internal(String),
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Error {
+        match failure {
+            Failure::Limit { what, mend } => Error::limit(what, mend),
+            Failure::Internal(what) => Error::internal(what),
+        }
+    }
+}
+
 /// What all streams of a GPU share.
 pub(super) struct Card {
     pub driver: Driver,
-    failure: Mutex<Option<String>>,
+    failure: Mutex<Option<Failure>>,
     gauge: Arc<AtomicUsize>,
 }
 
@@ -148,7 +131,7 @@ impl Card {
     /// The first failure, if there was one.
     pub fn check(&self) -> Result<()> {
         match &*self.failure.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(what) => Err(Error::internal(what)),
+            Some(failure) => Err(failure.clone().into()),
             None => Ok(()),
         }
     }
@@ -160,11 +143,12 @@ impl Card {
     }
 
     fn keep(&self, e: Error) {
-        let what = match e {
-            Error::Internal(what) => what,
-            e => e.to_string(),
+        let failure = match e {
+            Error::Limit { what, mend } => Failure::Limit { what, mend },
+            Error::Internal(what) => Failure::Internal(what),
+            e => Failure::Internal(e.to_string()),
         };
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(failure);
     }
 
     /// Memory holding anything (on the emulated GPU every byte is 0xFF). Where there is not enough, a buffer of nothing stands
@@ -175,7 +159,10 @@ impl Card {
             Driver::Emulated(_) => Buffer::emulated(dtype, len, self.gauge.clone()),
         };
         made.unwrap_or_else(|| {
-            self.keep(Error::internal(format!("the GPU has no memory for {len} elements of {dtype:?}")));
+            self.keep(Error::limit(
+                format!("the GPU has no memory for {len} more elements of {dtype:?}"),
+                "lower rollout.kv_cache_mib, rollout.vision_cache_mib or optim.micro_batch_tokens, or use a smaller model",
+            ));
             Buffer::nowhere(dtype, len, self.gauge.clone())
         })
     }
@@ -232,7 +219,15 @@ impl Gpu {
     }
 
     /// Submits a launch of the kernel of that name. A failure surfaces at the next wait.
-    pub fn launch(&self, kernel: &str, shape: Launch, args: &[Arg<'_>]) {
+    pub(crate) fn launch(&self, kernel: &str, shape: Launch, args: &[Arg<'_>]) {
+        let too_long = args.iter().find_map(|arg| match *arg {
+            Arg::Len(n) if i32::try_from(n).is_err() => Some(n),
+            _ => None,
+        });
+        if let Some(n) = too_long {
+            let what = format!("kernel {kernel} is asked for {n} elements, rows or columns at once");
+            self.refuse(Error::limit(what, "use smaller batches: kernels count to 2147483647"));
+        }
         self.submit(
             |queue, _| queue.launch(kernel, shape, args),
             |emulator| {
@@ -243,11 +238,12 @@ impl Gpu {
         );
     }
 
-    /// Boxes of a bf16 tensor for [`Arg::TensorMap`]; sizes as [`TensorMap::new`]. A failure surfaces at the next wait.
-    pub fn tensor_map(&self, memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> TensorMap {
+    /// Boxes of a bf16 tensor for [`Arg::TensorMap`]: `size` and `region` (the box) in elements, the innermost dimension first, two
+    /// or three of them; `swizzle` in bytes. A failure surfaces at the next wait.
+    pub(crate) fn tensor_map(&self, memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> TensorMap {
         let made = self.submit(
             |_, card| card.tensor_map(memory, size, region, swizzle),
-            |_| TensorMap::new(memory, size, region, swizzle),
+            |emulator| emulator.tensor_map(memory, size, region, swizzle),
         );
         made.unwrap_or(TensorMap([0; 16]))
     }
@@ -255,13 +251,21 @@ impl Gpu {
     /// Submits `c = op(a) b`, or `+=` where it accumulates: `a` bf16 `[m, k]`, or `[k, m]` where it is transposed, `b` bf16
     /// `[k, n]`, `c` f32 or bf16 `[m, n]`, all row-major. For gradients: the order of additions is fixed, but not the one of
     /// [`linear::forward`](crate::ops::linear::forward).
-    pub fn matmul(&self, a: &Buffer, transposed: bool, b: &Buffer, c: &Buffer, shape: [usize; 3], accumulate: bool) {
+    pub(crate) fn matmul(
+        &self,
+        a: &Buffer,
+        transposed: bool,
+        b: &Buffer,
+        c: &Buffer,
+        shape: [usize; 3],
+        accumulate: bool,
+    ) {
         let row = if transposed { shape[0] } else { shape[2] };
         self.matmul_strided(a, row, transposed, b, c, shape, accumulate);
     }
 
     /// [`matmul`](Self::matmul) where the rows of `a` begin `stride` elements apart.
-    pub fn matmul_strided(
+    pub(crate) fn matmul_strided(
         &self,
         a: &Buffer,
         stride: usize,
@@ -287,11 +291,12 @@ impl Gpu {
     /// Parts of this stream's workspace, of so many elements of a type each, holding anything. They are the op's until the
     /// stream's next workspace: kernels run in order, so no op disturbs another's. Allocates only where more is asked
     /// for than ever before.
-    pub fn scratch<const N: usize>(&self, parts: [(DType, usize); N]) -> [Buffer; N] {
+    pub(crate) fn scratch<const N: usize>(&self, parts: [(DType, usize); N]) -> [Buffer; N] {
         let bytes = parts.map(|(dtype, len)| (dtype.size() * len).next_multiple_of(PART_ALIGN));
         let all: usize = bytes.iter().sum();
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
         if workspace.as_ref().is_none_or(|w| w.len() < all) {
+            *workspace = None; // given back first
             *workspace = Some(self.card.alloc(DType::U8, all));
         }
         let whole = workspace.get_or_insert_with(|| self.card.alloc(DType::U8, 0)).clone();
@@ -308,13 +313,13 @@ impl Gpu {
         })
     }
 
-    /// Keeps the failure of an op that has no kernel yet.
-    pub(crate) fn missing(&self, op: &str) {
-        self.card.keep(Error::internal(format!("{op} does not run on a GPU yet")));
+    /// Keeps a failure before anything is submitted.
+    pub(crate) fn refuse(&self, e: Error) {
+        self.card.keep(e);
     }
 
     /// Streaming multiprocessors: how many blocks a persistent grid has. No result may depend on it.
-    pub fn multiprocessors(&self) -> usize {
+    pub(crate) fn multiprocessors(&self) -> usize {
         match &self.card.driver {
             Driver::Cuda(cuda) => cuda.info.multiprocessors,
             Driver::Emulated(emulator) => emulator.multiprocessors(),
@@ -322,7 +327,7 @@ impl Gpu {
     }
 
     /// The architecture that kernels are chosen for: 80 (`mma.sync`, `cp.async`) or 90 (also `wgmma`, TMA).
-    pub fn sm(&self) -> u32 {
+    pub(crate) fn sm(&self) -> u32 {
         self.card.sm()
     }
 

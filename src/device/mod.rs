@@ -18,7 +18,7 @@ mod pool;
 mod stream;
 
 pub use buffer::{Buffer, DType, Element};
-pub use cuda::{CardInfo, has_kernels};
+pub use cuda::{CardInfo, has_driver};
 pub use gpu::{Arg, Gpu, Launch, TensorMap};
 pub use pool::{Pool, SendPtr};
 pub use stream::{Event, Pending, Stream};
@@ -47,8 +47,19 @@ struct Inner {
 }
 
 enum Kind {
-    Cpu { pool: Arc<Pool>, deferred: bool },
-    Gpu(Arc<Card>),
+    Cpu {
+        pool: Arc<Pool>,
+        deferred: bool,
+    },
+    /// With the stream that fills fresh buffers.
+    Gpu(Arc<Card>, Gpu),
+}
+
+impl Kind {
+    fn gpu(card: Card) -> Kind {
+        let card = Arc::new(card);
+        Kind::Gpu(card.clone(), Gpu::new(card))
+    }
 }
 
 /// What a [`Stream`] runs on, for the ops' dispatch.
@@ -85,13 +96,13 @@ impl Device {
     pub fn cuda(ordinal: usize) -> Result<Device> {
         let allocated = Arc::<AtomicUsize>::default();
         let card = Card::new(Driver::Cuda(Arc::new(Cuda::open(ordinal)?)), allocated.clone());
-        Ok(Device { inner: Arc::new(Inner { kind: Kind::Gpu(Arc::new(card)), allocated }) })
+        Ok(Device { inner: Arc::new(Inner { kind: Kind::gpu(card), allocated }) })
     }
 
     /// What the driver says of the card, where this is one.
     pub fn card(&self) -> Option<&CardInfo> {
         match &self.inner.kind {
-            Kind::Gpu(card) => match &card.driver {
+            Kind::Gpu(card, _) => match &card.driver {
                 Driver::Cuda(cuda) => Some(&cuda.info),
                 Driver::Emulated(_) => None,
             },
@@ -118,7 +129,7 @@ impl Device {
         }
         let allocated = Arc::<AtomicUsize>::default();
         let card = Card::new(Driver::Emulated(Emulator::new(seed)?.with_sm(sm)), allocated.clone());
-        Ok(Device { inner: Arc::new(Inner { kind: Kind::Gpu(Arc::new(card)), allocated }) })
+        Ok(Device { inner: Arc::new(Inner { kind: Kind::gpu(card), allocated }) })
     }
 
     /// A new in-order queue of work on this device.
@@ -130,7 +141,7 @@ impl Device {
     pub fn float(&self) -> DType {
         match self.inner.kind {
             Kind::Cpu { .. } => DType::F32,
-            Kind::Gpu(_) => DType::BF16,
+            Kind::Gpu(..) => DType::BF16,
         }
     }
 
@@ -151,7 +162,7 @@ impl Device {
                 }
                 b
             }
-            Kind::Gpu(card) => card.alloc(dtype, len),
+            Kind::Gpu(card, _) => card.alloc(dtype, len),
         }
     }
 
@@ -160,9 +171,11 @@ impl Device {
         match &self.inner.kind {
             // The allocator hands out zeroed pages.
             Kind::Cpu { .. } => Buffer::new(dtype, len, self.inner.allocated.clone()),
-            Kind::Gpu(card) => {
+            Kind::Gpu(card, gpu) => {
                 let b = card.alloc(dtype, len);
-                Gpu::new(card.clone()).fill(&b, 0);
+                gpu.fill(&b, 0);
+                // Other streams may use it at once. A failure is kept.
+                let _ = gpu.synchronize();
                 b
             }
         }
@@ -177,9 +190,10 @@ impl Device {
                 unsafe { b.get_mut::<T>().copy_from_slice(data) };
                 b
             }
-            Kind::Gpu(card) => {
+            Kind::Gpu(card, gpu) => {
                 let b = card.alloc(T::DTYPE, data.len());
-                Gpu::new(card.clone()).write(&b, data);
+                gpu.write(&b, data);
+                let _ = gpu.synchronize();
                 b
             }
         }
@@ -193,7 +207,7 @@ impl Device {
     /// Bytes that could still be allocated, as far as the card or the system tells: its free memory and the limit of the
     /// control group.
     pub fn available_bytes(&self) -> Option<u64> {
-        if let Kind::Gpu(card) = &self.inner.kind
+        if let Kind::Gpu(card, _) = &self.inner.kind
             && let Some(free) = card.free_bytes()
         {
             return Some(free);
@@ -214,8 +228,12 @@ impl Device {
         Some(free.min(limit.saturating_sub(used)))
     }
 
-    /// Bytes of live buffers that nobody has written to yet: the system still counts them as free.
+    /// Bytes of live buffers that nobody has written to yet: the system still counts them as free. A card hands out its
+    /// memory at once.
     fn promised_bytes(&self) -> u64 {
+        if self.card().is_some() {
+            return 0;
+        }
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
         let held = line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
@@ -242,11 +260,11 @@ impl Device {
         }
     }
 
-    /// How many threads of the host a parallel op uses.
+    /// How many threads of the host work for it: in its ops, where it is the host, and in filling its memory.
     pub fn threads(&self) -> usize {
         match &self.inner.kind {
             Kind::Cpu { pool, .. } => pool.threads(),
-            Kind::Gpu(_) => 1,
+            Kind::Gpu(..) => std::thread::available_parallelism().map_or(1, |n| n.get()),
         }
     }
 }
@@ -256,7 +274,7 @@ impl std::fmt::Debug for Device {
         match &self.inner.kind {
             Kind::Cpu { pool, deferred: true } => write!(f, "cpu({} threads, deferred)", pool.threads()),
             Kind::Cpu { pool, .. } => write!(f, "cpu({} threads)", pool.threads()),
-            Kind::Gpu(card) => match &card.driver {
+            Kind::Gpu(card, _) => match &card.driver {
                 Driver::Cuda(cuda) => write!(f, "cuda({})", cuda.info.name),
                 Driver::Emulated(emulator) => write!(f, "emulated(sm_{})", emulator.sm()),
             },

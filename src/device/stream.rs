@@ -38,7 +38,7 @@ impl Stream {
         let queue = match &device.inner.kind {
             Kind::Cpu { pool, deferred: false } => Queue::Immediate(Mutex::default(), pool.clone()),
             Kind::Cpu { pool, deferred: true } => Queue::Deferred(Mutex::default(), pool.clone()),
-            Kind::Gpu(card) => Queue::Gpu(Gpu::new(card.clone())),
+            Kind::Gpu(card, _) => Queue::Gpu(Gpu::new(card.clone())),
         };
         Stream { device, queue: queue.into() }
     }
@@ -180,7 +180,8 @@ pub struct Event {
 }
 
 impl Event {
-    /// Waits until everything submitted before this point has run. Errors of the device surface here.
+    /// Waits until everything submitted before this point has run; on a GPU, also for what was submitted since. Errors of the
+    /// device surface here.
     pub fn wait(&self) -> Result<()> {
         let (q, pool) = match &*self.stream.queue {
             Queue::Immediate(..) => return Ok(()),

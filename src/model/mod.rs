@@ -29,6 +29,7 @@ pub use window::WindowPlan;
 
 use crate::device::{Buffer, Device, Stream};
 use crate::input::{Image, ImageProcessor};
+use crate::ops::attention;
 use crate::ops::kv_cache::KvCache;
 use crate::ops::patch_embed::Normalize;
 use crate::{Error, Result};
@@ -93,6 +94,21 @@ impl Drop for TakenWeights<'_> {
     }
 }
 
+/// That a GPU has kernels for the heads of both towers: before the weights are read.
+fn check_heads(config: &Config, device: &Device) -> Result<()> {
+    let dims = [config.head_dim(), config.vision.layer_shape().head_dim];
+    match dims.into_iter().find(|hd| !attention::HEAD_DIMS.contains(hd)) {
+        Some(hd) if !device.packs_weights() => Err(Error::limit(
+            format!("the model has heads of {hd} elements, for which a GPU has no kernel"),
+            format!(
+                "use a model with heads of {:?} elements, or the processor (run.device = \"cpu\")",
+                attention::HEAD_DIMS
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
 impl Model {
     fn new(config: Config, params: ParamStore, images: &ImageProcessor, device: &Device) -> Result<Model> {
         let text = params.text(&config, &params.flat);
@@ -106,6 +122,7 @@ impl Model {
     /// as its image processor's settings say, if it has them.
     pub fn load(dir: &Path, device: &Device, options: &LoadOptions) -> Result<Model> {
         let config = Config::load(dir)?;
+        check_heads(&config, device)?;
         let images = ImageProcessor::load(dir)?;
         let checkpoint = load::Checkpoint::open(dir)?;
         checkpoint.check(dir, &config)?;
@@ -121,6 +138,7 @@ impl Model {
         config
             .check()
             .map_err(|e| Error::input(format!("the shape is contradictory: {e}"), "correct those figures"))?;
+        check_heads(&config, device)?;
         let params = ParamStore::new(&config, device, options.freeze_vision)?;
         let s = device.stream();
         init::fill(&s, &params, seed)?;

@@ -19,7 +19,7 @@ const SKIPS_ALLOWED: u64 = 10;
 pub struct Optimizer {
     m: Buffer,
     v: Buffer,
-    /// `None` where the parameters are f32 themselves.
+    /// Begin as the weights are, rounded to bf16 when they were loaded. `None` where the parameters are f32 themselves.
     master: Option<Buffer>,
     norm: Buffer,
     updates: u64,

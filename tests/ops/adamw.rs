@@ -1,6 +1,6 @@
 //! [`varft::ops::adamw`].
 
-use super::{Noise, devices, read, wide32};
+use super::{Noise, devices, emulated, read, wide32};
 use half::bf16;
 use varft::device::{DType, Device};
 use varft::ops::adamw::{AdamW, Params, grad_norm, step};
@@ -107,7 +107,7 @@ fn the_noise_is_a_function_of_seed_step_and_index_alone_and_the_hosts() {
     let (w, g, seed) = (rng.bf16s(n, 1.0), rng.f32s(n, 1.0), rng.next());
     let bits = |(w, _): (Vec<bf16>, Vec<f32>)| w.iter().map(|w| w.to_bits()).collect::<Vec<_>>();
     let first = (1 << 35) + 5;
-    let [a, b] = devices();
+    let [a, b] = emulated();
     let whole = bits(rounded(&a, &w, &g, seed, first, 2, &[n]));
     for parts in [&[n][..], &[3, 8, 500, 489], &[0, 1, 999]] {
         assert_eq!(bits(rounded(&b, &w, &g, seed, first, 2, parts)), whole, "{parts:?}");

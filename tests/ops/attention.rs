@@ -1,6 +1,6 @@
 //! [`varft::ops::attention`]: against f64, and bit for bit against itself in other batches, chunks and kernels.
 
-use super::{Noise, as_good_as_bf16, devices, read, round, wide, wide32};
+use super::{Noise, as_good_as_bf16, devices, emulated, read, round, wide, wide32};
 use half::bf16;
 use std::ops::Range;
 use varft::device::{Buffer, DType, Device};
@@ -272,7 +272,7 @@ fn every_mode_gives_the_same_bits() {
     let mut rng = Noise::fresh();
     for shape in SHAPES {
         let w = World::new(shape, &[(150, 0), (280, 128), (170, 96)], &mut rng);
-        let [d, other] = devices();
+        let [d, other] = emulated();
         let whole: Vec<_> = w.seqs.iter().enumerate().map(|(i, s)| w.forward(&d, &[(i, 0..s.len)], 0)).collect();
         let check = |d: &Device, parts: &[Part], pad: usize| {
             let (out, lse) = w.forward(d, parts, pad);
@@ -429,7 +429,7 @@ fn varlen_forward_and_backward_are_attention_within_windows() {
             }
             (out, dx)
         });
-        let [first, second] = devices().map(|d| windows.run(&d, &x, &dout));
+        let [first, second] = emulated().map(|d| windows.run(&d, &x, &dout));
         let what = format!("h {h}, hd {hd}, causal {causal}");
         as_good_as_bf16(&what, &wide(&first.0), &plain.0, &want.0);
         as_good_as_bf16(&format!("dqkv of {what}"), &wide(&first.1), &plain.1, &want.1);
@@ -445,7 +445,7 @@ fn varlen_forward_and_backward_are_attention_within_windows() {
 #[test]
 fn no_rows_are_no_work_and_heads_without_a_kernel_are_named() {
     let mut rng = Noise::fresh();
-    let [d, _] = devices();
+    let [d, _] = emulated();
     let w = World::new(SHAPES[0], &[(3, 0)], &mut rng);
     assert_eq!(w.forward(&d, &[(0, 2..2)], 0), (vec![], vec![]));
     let none = Windows { h: 2, hd: 16, causal: false, cu: vec![0] };

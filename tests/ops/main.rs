@@ -1,5 +1,5 @@
-//! Every op's CUDA kernels against f64, on the emulated device as either architecture. Seeds are fresh in every run, and
-//! printed.
+//! Every op's CUDA kernels against f64, on the emulated device as either architecture and on a card where there is one. Seeds are
+//! fresh in every run, and printed.
 //!
 //! The rule for a result: its largest error is at most twice that of a straightforward computation in bf16, beside one rounding
 //! of the value itself ([`as_good_as_bf16`]).
@@ -25,10 +25,16 @@ use std::hash::{BuildHasher, RandomState};
 use varft::device::{Buffer, Device, Element, Stream};
 
 /// The emulated device as either architecture, with fresh orders of warps.
-fn devices() -> [Device; 2] {
+fn emulated() -> [Device; 2] {
     let seed = RandomState::new().hash_one("seed");
     println!("seed {seed}");
     [80, 90].map(|sm| Device::emulated_as(seed, sm).unwrap())
+}
+
+/// The same, and a card where there is one.
+fn devices() -> Vec<Device> {
+    let card = Device::cuda(0).inspect_err(|e| println!("no card: {e}")).ok();
+    emulated().into_iter().chain(card).collect()
 }
 
 /// Random numbers that depend on the seed alone.

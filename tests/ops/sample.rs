@@ -1,6 +1,6 @@
 //! [`varft::ops::sample`].
 
-use super::{Noise, devices, read};
+use super::{Noise, devices, emulated, read};
 use varft::device::{Buffer, DType, Device, Element};
 use varft::ops::sample::{NO_SAMPLE, SampleParams, sample};
 use varft::ops::softmax::{forbidden_set, is_forbidden};
@@ -200,7 +200,7 @@ fn a_row_is_sampled_alike_alone_and_in_any_batch_and_order_of_warps() {
     let forbidden = forbidden_set(v, &[0, 77, 2499]);
     let rows = rows(&mut rng, b, v);
     let bits = |(t, l): (Vec<u32>, Vec<f32>)| (t, l.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
-    let [first, second] = devices();
+    let [first, second] = emulated();
     let all = bits(run(&first, &logits, v, &forbidden, &rows));
     assert_eq!(bits(run(&second, &logits, v, &forbidden, &rows)), all);
     for i in 0..b {

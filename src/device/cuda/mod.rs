@@ -66,15 +66,15 @@ fn failed(what: &str, e: result::DriverError) -> Error {
     Error::internal(format!("the CUDA driver cannot {what}: {e}"))
 }
 
-/// Whether this program holds kernels for cards.
-pub fn has_kernels() -> bool {
-    !built::FATBINS.is_empty()
+/// Whether NVIDIA's driver is on this machine, of whatever version.
+pub fn has_driver() -> bool {
+    // SAFETY: looks for a library.
+    unsafe { sys::is_culib_present() }
 }
 
 /// That a driver is there, new enough, and started; its version.
 fn driver() -> Result<i32> {
-    // SAFETY: looks for a library.
-    if !unsafe { sys::is_culib_present() } {
+    if !has_driver() {
         return Err(Error::limit(
             "there is no NVIDIA driver on this machine (libcuda.so)",
             "install NVIDIA's driver, version 580 or later, or use the processor (--device cpu)",
@@ -108,7 +108,7 @@ impl Cuda {
     /// # Errors
     /// [`Error::Limit`] that says what is missing: kernels in this program, a driver, a card, a newer card.
     pub fn open(ordinal: usize) -> Result<Cuda> {
-        if !has_kernels() {
+        if built::FATBINS.is_empty() {
             return Err(Error::limit(
                 "this program was built without nvcc, so it has no kernels for a GPU",
                 "build it where nvcc 13 is on the PATH (or NVCC names it), or use the processor (--device cpu)",

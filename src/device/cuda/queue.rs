@@ -42,8 +42,7 @@ pub(in crate::device) struct Staged {
 impl Queue {
     pub fn new(card: Arc<Cuda>) -> Result<Queue> {
         card.enter()?;
-        // A blocking one: copies without a stream, of fresh buffers, wait for it and it for them.
-        let stream = result::stream::create(result::stream::StreamKind::Default);
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
         Ok(Queue { card, stream: stream.map_err(|e| failed("make a stream", e))?, staging: Mutex::default() })
     }
 

@@ -5,11 +5,13 @@
 
 use super::tiles::Heads;
 use super::{KV_CUT, Paged};
+use crate::Error;
 use crate::device::{Arg, Buffer, DType, Gpu, Launch};
 use crate::ops::kv_cache::{BLOCK, KvLayer};
 
 /// What the kernels are made for: `HD` of their names.
-const HEAD_DIMS: [usize; 4] = [16, 64, 80, 128];
+/// Elements of the heads that there are kernels for.
+pub const HEAD_DIMS: [usize; 4] = [16, 64, 80, 128];
 const THREADS: usize = 128;
 /// Rows (queries times query heads of a KV head) of a tile, and of a tile of decoding.
 const TILE: usize = 64;
@@ -32,7 +34,10 @@ pub(super) struct Given<'a> {
 fn served(gpu: &Gpu, heads: &Heads) -> bool {
     let served = HEAD_DIMS.contains(&heads.hd);
     if !served {
-        gpu.missing(&format!("attention with heads of {} elements (there are kernels for {HEAD_DIMS:?})", heads.hd));
+        gpu.refuse(Error::limit(
+            format!("there is no attention kernel for heads of {} elements", heads.hd),
+            format!("use a model with heads of {HEAD_DIMS:?} elements, or the processor (run.device = \"cpu\")"),
+        ));
     }
     served
 }

@@ -17,6 +17,8 @@ mod tests;
 mod tiles;
 mod vector;
 
+pub use gpu::HEAD_DIMS;
+
 use crate::device::{Backend, Buffer, SendPtr, Stream};
 use crate::ops::kv_cache::{BLOCK, KvLayer};
 use backward::Backward;

@@ -5,7 +5,7 @@
 //! remains. Temperature 0 takes the largest logit, the first of equals.
 //!
 //! **What is reported.** The log-probability after temperature and forbidden ids and before top-k, top-p and min-p: what
-//! the trainer computes for the same logits, to the bit ([`softmax`](super::softmax)). For temperature 0 it is the one at
+//! the trainer computes for the same logits, to the bit ([`softmax`]). For temperature 0 it is the one at
 //! temperature 1.
 //!
 //! **Noise.** One uniform number u in [0, 1) of 53 bits per token, from Philox4x32-10 (Salmon et al. 2011) with the
