@@ -112,6 +112,9 @@ impl Rollouts {
     }
 
     /// [`run`](Self::run) that keeps what is complete when the work ends early.
+    ///
+    /// # Errors
+    /// What ended the work is in its result; see [`run`](Self::run).
     pub fn run_as_far_as_it_goes(
         &self,
         jobs: &[Job],

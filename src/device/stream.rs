@@ -167,6 +167,9 @@ impl Stream {
     }
 
     /// Waits for all that was submitted.
+    ///
+    /// # Errors
+    /// The first failure of what was submitted, on a GPU of any stream.
     pub fn synchronize(&self) -> Result<()> {
         self.record().wait()
     }

@@ -74,6 +74,9 @@ impl Feed {
     }
 
     /// Blocks until the turn has ended, and returns what was sampled by then.
+    ///
+    /// # Errors
+    /// [`Error::Internal`](crate::Error::Internal) where the engine was lost, or what made it stop.
     pub fn wait(&self) -> Result<Completion> {
         let mut s = self.lock();
         loop {
@@ -160,6 +163,9 @@ pub struct Generation {
 
 impl Generation {
     /// Blocks until sampling ends; the completion has all tokens, those already iterated over too.
+    ///
+    /// # Errors
+    /// [`Error::Internal`](crate::Error::Internal) where the engine was lost, or what made it stop.
     pub fn wait(self) -> Result<Completion> {
         self.feed.wait()
     }

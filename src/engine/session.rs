@@ -53,6 +53,9 @@ impl Session {
     }
 
     /// Computes what was appended, but for the last token, and waits for it; forks made after it share the work.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
     pub fn prefill(&mut self) -> Result<()> {
         self.generate(Sampling { max_tokens: 0, ..Sampling::default() })?.wait().map(drop)
     }

@@ -189,6 +189,9 @@ impl ChatTemplate {
 
     /// The conversation as text, control tokens included, one `<|image_pad|>` for each image; with `generate`, the
     /// beginning of an assistant turn at the end.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the template refuses the conversation or fails.
     pub fn render(&self, messages: &[Message], generate: bool) -> Result<String> {
         match &self.jinja {
             None => Ok(render_builtin(messages, generate)),

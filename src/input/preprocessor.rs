@@ -151,6 +151,9 @@ impl ImageHandle {
     }
 
     /// Waits for at most `timeout`; gives the handle back where the image is not ready by then.
+    ///
+    /// # Errors
+    /// Of the inner result: the image's, as [`wait`](Self::wait).
     pub fn wait_timeout(self, timeout: Duration) -> std::result::Result<Result<Arc<Image>>, ImageHandle> {
         // `None`: later than a clock can say.
         let until = Instant::now().checked_add(timeout);

@@ -194,12 +194,18 @@ impl Tokenizer {
     }
 
     /// Text to ids; control tokens in the text become their ids. For text that we wrote (templates).
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the tokenizer fails on the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(&self.inner, text)
     }
 
     /// Text to ids; a control token in the text is only characters. For text that others wrote (users, tools, pages),
     /// which must not be able to end a turn or claim to be an image.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         if !self.special_texts.iter().any(|s| text.contains(s.as_str())) {
             return self.encode(text);

@@ -89,6 +89,9 @@ impl Config {
     }
 
     /// Reads `dir/config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where it cannot be read, and as [`parse`](Self::parse).
     pub fn load(dir: &Path) -> Result<Config> {
         let path = dir.join("config.json");
         let text = crate::files::read_to_string(&path).map_err(|e| match e.kind() {
@@ -102,6 +105,9 @@ impl Config {
     }
 
     /// Reads the text of a `config.json`; `path` is for messages only.
+    ///
+    /// # Errors
+    /// [`Error::Input`] that names the file and the field: no JSON, another architecture, a missing or contradictory figure.
     pub fn parse(text: &str, path: &Path) -> Result<Config> {
         let root: Value = serde_json::from_str(text).map_err(|e| {
             Error::input(

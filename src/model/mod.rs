@@ -120,6 +120,10 @@ impl Model {
 
     /// Reads a Hugging Face folder: `config.json`, and `model.safetensors` or shards with their index; pixels are normalised
     /// as its image processor's settings say, if it has them.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Input`] that names the file and the tensor or field, [`Error::Limit`] where the weights do not fit the
+    /// memory or the device has no kernels for the shape.
     pub fn load(dir: &Path, device: &Device, options: &LoadOptions) -> Result<Model> {
         let config = Config::load(dir)?;
         check_heads(&config, device)?;
@@ -134,6 +138,9 @@ impl Model {
     }
 
     /// A model of `config`'s shape with random weights: the same for a `seed` on every machine.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the shape is contradictory, [`Error::Limit`] where it does not fit the memory or the device.
     pub fn random(config: Config, seed: u64, device: &Device, options: &LoadOptions) -> Result<Model> {
         config
             .check()

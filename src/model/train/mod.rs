@@ -135,6 +135,9 @@ impl Activations {
 
 /// Submits the forward pass of `batch`: hidden states after the final norm, `[rows, hidden]`, valid until the next pass
 /// with these activations. Rows are found with [`TrainBatch::completion_row`].
+///
+/// # Errors
+/// [`Error::Limit`](crate::Error::Limit) where the batch's images do not fit the activations.
 pub fn forward(model: &Model, s: &Stream, batch: &TrainBatch, acts: &mut Activations) -> Result<Buffer> {
     acts.reserve(model, batch);
     let (c, b) = (&model.config, &batch.step);
