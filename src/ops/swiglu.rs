@@ -1,14 +1,8 @@
 //! The gated activation of the MLPs (Shazeer 2020, arXiv 2002.05202): `h = silu(gate) * up`, `silu(x) = x sigmoid(x)`.
 
+use super::rows::eights;
 use super::simd::{LANES, exp, multiversion, rows_per_item};
-use crate::device::{Arg, Backend, Buffer, Launch, SendPtr, Stream};
-
-/// Threads of the kernels' blocks, of which each takes eight columns of a row.
-const THREADS: usize = 256;
-
-fn launch(m: usize, i: usize) -> Launch {
-    Launch::linear((i.div_ceil(8) * m).div_ceil(THREADS), THREADS)
-}
+use crate::device::{Arg, Backend, Buffer, SendPtr, Stream};
 
 /// `h[r, j] = silu(gate_up[r, j]) * gate_up[r, i + j]`: gate_up is `[m, 2 i]`, the gates before the ups; h is `[m, i]`.
 pub fn forward(s: &Stream, gate_up: &Buffer, h: &Buffer, m: usize, i: usize) {
@@ -28,7 +22,7 @@ pub fn forward(s: &Stream, gate_up: &Buffer, h: &Buffer, m: usize, i: usize) {
         }),
         Backend::Gpu(gpu) if m * i > 0 => {
             let args = [Arg::Buffer(&gate_up), Arg::Buffer(&h), Arg::len(m), Arg::len(i)];
-            gpu.launch("swiglu_forward", launch(m, i), &args);
+            gpu.launch("swiglu_forward", eights(m, i), &args);
         }
         Backend::Gpu(_) => {}
     }
@@ -59,7 +53,7 @@ pub fn backward(s: &Stream, gate_up: &Buffer, dh: &Buffer, dgate_up: &Buffer, m:
         }),
         Backend::Gpu(gpu) if m * i > 0 => {
             let args = [Arg::Buffer(&x), Arg::Buffer(&dh), Arg::Buffer(&dx), Arg::len(m), Arg::len(i)];
-            gpu.launch("swiglu_backward", launch(m, i), &args);
+            gpu.launch("swiglu_backward", eights(m, i), &args);
         }
         Backend::Gpu(_) => {}
     }
