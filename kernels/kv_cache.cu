@@ -1,11 +1,13 @@
 // Moving keys and values between the rows of a batch and the pages of the cache, and whole pages.
 //
 // Keys and values lie alike, [blocks, kv_heads, BLOCK, head_dim]; a slot is block * BLOCK + offset. A row holds a token's keys
-// ([kv_heads, head_dim]) from column `k_offset` and its values from column `v_offset`.
+// ([kv_heads, head_dim]) from column `k_offset` and its values from column `v_offset`. A token whose slot is 2^32 - 1 is
+// left out.
 #include "include/vectors.cuh"
 
 constexpr int THREADS = 256;
-constexpr unsigned BLOCK = 32;  // tokens of a page
+constexpr unsigned BLOCK = 32;      // tokens of a page
+constexpr unsigned NO_SLOT = ~0u;
 
 // ---- kernels ----
 
@@ -39,7 +41,7 @@ kv_cache_write(const bf16* rows,       // [tokens, stride]
                bf16* keys, bf16* values,
                int tokens, int stride, int k_offset, int v_offset, int kv_heads, int head_dim) {
   const auto [token, head, c] = this_part(kv_heads, head_dim);
-  if (token >= static_cast<unsigned>(tokens)) return;
+  if (token >= static_cast<unsigned>(tokens) || slots[token] == NO_SLOT) return;
   const bool whole = head_dim % 8 == 0 && stride % 8 == 0;
   const size_t page = in_pages(slots[token], head, kv_heads, head_dim);
   const bf16* row = rows + static_cast<size_t>(token) * stride + static_cast<size_t>(head) * head_dim;
@@ -55,7 +57,7 @@ kv_cache_gather(const float* keys, const float* values,
                 bf16* rows,             // [tokens, stride]
                 int tokens, int stride, int k_offset, int v_offset, int kv_heads, int head_dim) {
   const auto [token, head, c] = this_part(kv_heads, head_dim);
-  if (token >= static_cast<unsigned>(tokens)) return;
+  if (token >= static_cast<unsigned>(tokens) || slots[token] == NO_SLOT) return;
   const bool whole = head_dim % 8 == 0 && stride % 8 == 0;
   const size_t page = in_pages(slots[token], head, kv_heads, head_dim);
   bf16* row = rows + static_cast<size_t>(token) * stride + static_cast<size_t>(head) * head_dim;

@@ -40,6 +40,17 @@ rows_gather_add(const bf16* src,        // [_, columns]
 }
 KERNEL(rows_gather_add, THREADS);
 
+// to[index[i]] = from[source[i]], or from[i]; places are all different. Grid: one thread an entry.
+GLOBAL void __launch_bounds__(THREADS)
+rows_put(const unsigned* index,   // [entries]
+         const unsigned* source,  // [entries], or null
+         const unsigned* from, unsigned* to,
+         int entries) {
+  const unsigned i = blockIdx.x * THREADS + threadIdx.x;
+  if (i < static_cast<unsigned>(entries)) to[index[i]] = from[source ? source[i] : i];
+}
+KERNEL(rows_put, THREADS);
+
 // Before rows_mark, for the same index: nothing is known of the rows that it names. An index of 2^32 - 1 is no row. Grid: one
 // thread an entry.
 GLOBAL void __launch_bounds__(THREADS)

@@ -296,8 +296,7 @@ fn greedy(m: &Model, p: &Prompt, want: &[u32], margins: &[f32]) -> (Vec<u32>, Ve
         input.slots = (context..context + n).map(|i| table[i / BLOCK] * BLOCK as u32 + (i % BLOCK) as u32).collect();
         context += n;
         input.cu_seqlens_q = vec![0, n as u32];
-        input.kv_lens = vec![context as u32];
-        input.block_tables = vec![table];
+        input.push_table(context, &table);
         step.upload(&s, &input);
         let hidden = m.forward(&s, &step, &cache, Some(&vision), &ws);
         m.logits(&s, &hidden, &d.upload(&[n as u32 - 1]), &ws, &logits, 1);

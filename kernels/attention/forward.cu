@@ -144,11 +144,11 @@ __device__ __forceinline__ void forward_tile(const Tile& tile, const Rows<const 
 template <int HD>
 __device__ __forceinline__ void paged_forward(const bf16* q, int q_stride, const bf16* k, const bf16* v, const unsigned* cu_seqlens,
                                               const unsigned* kv_lens, const unsigned* block_tables, int table_stride, int n,
-                                              int group, float scale, bf16* out, float* lse) {
+                                              int group, float scale, const unsigned* table_rows, bf16* out, float* lse) {
   Tile tile;
   if (!find_tile(tile, gridDim.x - 1 - blockIdx.x, TILE, cu_seqlens, kv_lens, n, group, true)) return;
   const int kv_heads = gridDim.y, head = blockIdx.y, heads = kv_heads * group;
-  const PagedKeys<HD> keys = {k, v, block_tables + static_cast<size_t>(tile.segment) * table_stride, kv_heads, head};
+  const PagedKeys<HD> keys = {k, v, table_of(tile.segment, block_tables, table_rows, table_stride), kv_heads, head};
   const size_t row = tile.query;
   forward_tile<HD>(tile, {q + row * q_stride + head * group * HD, q_stride, group}, keys, scale,
                    {out + (row * heads + head * group) * HD, heads * HD, group},
@@ -176,11 +176,13 @@ __device__ __forceinline__ void varlen_forward(const bf16* qkv, const unsigned* 
                                const bf16* k, const bf16* v,   /* [pages, kv_heads, PAGE, HD] */                           \
                                const unsigned* cu_seqlens,     /* [n + 1]: where each segment's queries begin */           \
                                const unsigned* kv_lens,        /* [n] */                                                   \
-                               const unsigned* block_tables,   /* [n, table_stride] */                                     \
+                               const unsigned* block_tables,   /* [_, table_stride] */                                     \
                                int table_stride, int n, int group, float scale,                                            \
+                               const unsigned* table_rows,     /* [n]: each segment's row of block_tables, or null: its own */ \
                                bf16* out,                      /* [rows, group kv_heads, HD] */                            \
                                float* lse) {                   /* [rows, group kv_heads] or null */                        \
-    paged_forward<HD>(q, q_stride, k, v, cu_seqlens, kv_lens, block_tables, table_stride, n, group, scale, out, lse);      \
+    paged_forward<HD>(q, q_stride, k, v, cu_seqlens, kv_lens, block_tables, table_stride, n, group, scale, table_rows,     \
+                      out, lse);                                                                                           \
   }                                                                                                                        \
   KERNEL(attention_paged_forward_##HD, THREADS)
 PAGED_FORWARD(16);

@@ -75,6 +75,12 @@ struct PagedKeys {
   }
 };
 
+// The block table of a segment: row `table_rows[segment]` of them, or with null its own.
+__device__ __forceinline__ const unsigned* table_of(int segment, const unsigned* block_tables, const unsigned* table_rows,
+                                                    int table_stride) {
+  return block_tables + static_cast<size_t>(table_rows ? table_rows[segment] : segment) * table_stride;
+}
+
 // In the rows of the queries, from the segment's first.
 struct RowKeys {
   const bf16 *k, *v;

@@ -8,7 +8,7 @@ use super::emulated::Emulator;
 use super::{Buffer, DType, Element};
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The shape of a launch.
 #[derive(Clone, Copy, Debug)]
@@ -191,6 +191,57 @@ pub struct Gpu {
     queue: Option<Arc<cuda::Queue>>,
     workspace: Mutex<Option<Buffer>>,
     launches: AtomicUsize,
+    /// Between the ends of a capture; what the emulated GPU has captured.
+    capture: Mutex<Option<Vec<Captured>>>,
+}
+
+/// Launches in their order, to be submitted together again and again: see [`Stream::capture`](super::Stream::capture).
+pub struct Graph {
+    /// `None` where it could not be made, which is kept.
+    made: Option<Made>,
+    /// The workspace that its launches use. Their other buffers are whoever's who replays it.
+    _workspace: Option<Buffer>,
+}
+
+enum Made {
+    Cuda(cuda::Graph),
+    Emulated(Vec<Captured>),
+}
+
+/// What the emulated GPU does when a graph is replayed.
+enum Captured {
+    Launch(String, Launch, Vec<Kept>),
+    Fill(Buffer, u8),
+}
+
+/// An argument for later.
+enum Kept {
+    Buffer(Buffer),
+    TensorMap(TensorMap),
+    Plain(Arg<'static>),
+}
+
+impl Kept {
+    fn new(arg: &Arg<'_>) -> Kept {
+        match *arg {
+            Arg::Buffer(b) => Kept::Buffer(b.clone()),
+            Arg::TensorMap(map) => Kept::TensorMap(*map),
+            Arg::Null(dtype) => Kept::Plain(Arg::Null(dtype)),
+            Arg::I32(v) => Kept::Plain(Arg::I32(v)),
+            Arg::Len(n) => Kept::Plain(Arg::Len(n)),
+            Arg::U32(v) => Kept::Plain(Arg::U32(v)),
+            Arg::U64(v) => Kept::Plain(Arg::U64(v)),
+            Arg::F32(v) => Kept::Plain(Arg::F32(v)),
+        }
+    }
+
+    fn arg(&self) -> Arg<'_> {
+        match self {
+            Kept::Buffer(b) => Arg::Buffer(b),
+            Kept::TensorMap(map) => Arg::TensorMap(map),
+            Kept::Plain(arg) => *arg,
+        }
+    }
 }
 
 /// Parts of a workspace begin at multiples of so many bytes.
@@ -202,11 +253,28 @@ impl Gpu {
             Driver::Cuda(cuda) => cuda::Queue::new(cuda.clone()).map(|q| Some(Arc::new(q))),
             Driver::Emulated(_) => Ok(None),
         });
-        Gpu { card, queue: queue.flatten(), workspace: Mutex::default(), launches: AtomicUsize::new(0) }
+        let (workspace, launches, capture) = (Mutex::default(), AtomicUsize::new(0), Mutex::default());
+        Gpu { card, queue: queue.flatten(), workspace, launches, capture }
+    }
+
+    /// Submits work that no graph can hold.
+    fn submit<T>(
+        &self,
+        cuda: impl FnOnce(&Arc<cuda::Queue>, &Cuda) -> Result<T>,
+        emulated: impl FnOnce(&Emulator) -> Result<T>,
+    ) -> Option<T> {
+        if self.capturing().is_some() {
+            self.refuse(Error::internal("a copy or a wait amid launches that are being captured"));
+        }
+        self.submit_any(cuda, emulated)
+    }
+
+    fn capturing(&self) -> MutexGuard<'_, Option<Vec<Captured>>> {
+        self.capture.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Submits work, unless something has failed: `cuda` to the card's queue, or `emulated`.
-    fn submit<T>(
+    fn submit_any<T>(
         &self,
         cuda: impl FnOnce(&Arc<cuda::Queue>, &Cuda) -> Result<T>,
         emulated: impl FnOnce(&Emulator) -> Result<T>,
@@ -228,12 +296,53 @@ impl Gpu {
             let what = format!("kernel {kernel} is asked for {n} elements, rows or columns at once");
             self.refuse(Error::limit(what, "use smaller batches: kernels count to 2147483647"));
         }
-        self.submit(
+        self.submit_any(
             |queue, _| queue.launch(kernel, shape, args),
-            |emulator| {
-                // Each launch has its own order of warps; together they follow from the device's seed.
-                let number = self.launches.fetch_add(1, Ordering::Relaxed) as u64;
-                emulator.with_seed(emulator.seed().wrapping_add(number)).launch(kernel, shape, args)
+            |emulator| match &mut *self.capturing() {
+                Some(captured) => {
+                    captured.push(Captured::Launch(kernel.into(), shape, args.iter().map(Kept::new).collect()));
+                    Ok(())
+                }
+                None => self.emulate(emulator, kernel, shape, args),
+            },
+        );
+    }
+
+    fn emulate(&self, emulator: &Emulator, kernel: &str, shape: Launch, args: &[Arg<'_>]) -> Result<()> {
+        // Each launch has its own order of warps; together they follow from the device's seed.
+        let number = self.launches.fetch_add(1, Ordering::Relaxed) as u64;
+        emulator.with_seed(emulator.seed().wrapping_add(number)).launch(kernel, shape, args)
+    }
+
+    /// Makes a graph of what `work` launches; it does not run.
+    pub(super) fn capture(&self, work: impl FnOnce()) -> Graph {
+        let begun = self.submit(|queue, _| queue.begin_capture(), |_| Ok(()));
+        *self.capturing() = Some(Vec::new());
+        work();
+        let captured = self.capturing().take().unwrap_or_default();
+        let made = begun.and_then(|()| {
+            self.submit(|queue, _| queue.end_capture().map(Made::Cuda), |_| Ok(Made::Emulated(captured)))
+        });
+        let workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Graph { made, _workspace: workspace }
+    }
+
+    /// Submits the launches of a graph.
+    pub(super) fn replay(&self, graph: &Graph) {
+        self.submit(
+            |queue, _| match &graph.made {
+                Some(Made::Cuda(graph)) => queue.replay(graph),
+                _ => Err(Error::internal("a graph of another device")),
+            },
+            |emulator| match &graph.made {
+                Some(Made::Emulated(captured)) => captured.iter().try_for_each(|captured| match captured {
+                    Captured::Launch(kernel, shape, args) => {
+                        let args: Vec<Arg<'_>> = args.iter().map(Kept::arg).collect();
+                        self.emulate(emulator, kernel, *shape, &args)
+                    }
+                    Captured::Fill(memory, byte) => emulator.fill(memory, *byte),
+                }),
+                _ => Err(Error::internal("a graph of another device")),
             },
         );
     }
@@ -241,7 +350,7 @@ impl Gpu {
     /// Boxes of a bf16 tensor for [`Arg::TensorMap`]: `size` and `region` (the box) in elements, the innermost dimension first, two
     /// or three of them; `swizzle` in bytes. A failure surfaces at the next wait.
     pub(crate) fn tensor_map(&self, memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> TensorMap {
-        let made = self.submit(
+        let made = self.submit_any(
             |_, card| card.tensor_map(memory, size, region, swizzle),
             |emulator| emulator.tensor_map(memory, size, region, swizzle),
         );
@@ -355,7 +464,16 @@ impl Gpu {
     }
 
     pub(super) fn fill(&self, b: &Buffer, byte: u8) {
-        self.submit(|queue, _| queue.fill(b, byte), |emulator| emulator.fill(b, byte));
+        self.submit_any(
+            |queue, _| queue.fill(b, byte),
+            |emulator| match &mut *self.capturing() {
+                Some(captured) => {
+                    captured.push(Captured::Fill(b.clone(), byte));
+                    Ok(())
+                }
+                None => emulator.fill(b, byte),
+            },
+        );
     }
 
     /// Waits for all that was submitted.
@@ -387,6 +505,7 @@ pub(super) enum Coming<T> {
 mod tests {
     use super::super::{Backend, Device, Stream};
     use super::*;
+    use crate::ops::rows;
 
     fn gpu(s: &Stream) -> &Gpu {
         match s.backend() {
@@ -434,6 +553,36 @@ mod tests {
         let said = s.read::<f32>(&b).wait().unwrap_err().to_string();
         assert!(said.contains("no memory for") && said.contains("F32"), "{said}");
         assert_eq!(d.allocated_bytes(), 0);
+    }
+
+    #[test]
+    fn a_graph_does_what_was_captured_as_often_as_it_is_replayed() {
+        let d = Device::emulated(1).unwrap();
+        let s = d.stream();
+        let (index, from, to) = (d.upload(&[2u32, 0]), d.upload(&[5u32, 6]), d.upload(&[0u32; 3]));
+        let now = |to: &Buffer| s.read::<u32>(to).wait().unwrap();
+        let graph = s.capture(|s| {
+            s.zero(&to);
+            rows::put(s, 2, &index, None, &from, &to);
+        });
+        let graph = graph.unwrap();
+        s.write(&to, &[9u32; 3]);
+        assert_eq!(now(&to), [9, 9, 9], "capturing runs nothing");
+        for values in [[7u32, 8], [1, 2]] {
+            s.write(&from, &values);
+            s.replay(&graph);
+            assert_eq!(now(&to), [values[1], 0, values[0]]);
+        }
+        assert!(Device::cpu(1).stream().capture(|_| unreachable!()).is_none());
+    }
+
+    #[test]
+    fn what_no_graph_can_hold_is_an_error_and_not_left_out() {
+        let d = Device::emulated(1).unwrap();
+        let (s, b) = (d.stream(), d.upload(&[1u32]));
+        s.capture(|s| s.write(&b, &[2u32]));
+        let said = s.synchronize().unwrap_err().to_string();
+        assert!(said.contains("amid launches that are being captured"), "{said}");
     }
 
     #[test]

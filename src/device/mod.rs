@@ -13,13 +13,15 @@ mod cuda;
 #[doc(hidden)] // for the emulator's own tests
 pub mod emulated;
 mod gpu;
+mod inputs;
 mod matmul;
 mod pool;
 mod stream;
 
 pub use buffer::{Buffer, DType, Element};
 pub use cuda::{CardInfo, has_driver};
-pub use gpu::{Arg, Gpu, Launch, TensorMap};
+pub use gpu::{Arg, Gpu, Graph, Launch, TensorMap};
+pub use inputs::{Input, Inputs};
 pub use pool::{Pool, SendPtr};
 pub use stream::{Event, Pending, Stream};
 
@@ -143,6 +145,11 @@ impl Device {
             Kind::Cpu { .. } => DType::F32,
             Kind::Gpu(..) => DType::BF16,
         }
+    }
+
+    /// Whether work has run when its submission returns: then nothing is gained by submitting more before results are read.
+    pub fn runs_at_submission(&self) -> bool {
+        matches!(self.inner.kind, Kind::Cpu { deferred: false, .. })
     }
 
     /// Whether the weights of products lie in [`linear`](crate::ops::linear)'s panels here, rather than row-major.

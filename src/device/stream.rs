@@ -1,5 +1,5 @@
 use super::gpu::Coming;
-use super::{Backend, Buffer, DType, Device, Element, Gpu, Kind, Pool};
+use super::{Backend, Buffer, DType, Device, Element, Gpu, Graph, Kind, Pool};
 use crate::{Error, Result};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
@@ -154,6 +154,33 @@ impl Stream {
                 Ok(values)
             }
             _ => self.read::<f32>(b).wait(),
+        }
+    }
+
+    /// Whether [`capture`](Self::capture) gives graphs.
+    pub fn has_graphs(&self) -> bool {
+        matches!(&*self.queue, Queue::Gpu(_))
+    }
+
+    /// Makes a graph of what `work` launches on this stream: kernels, and nothing that copies between host and device or waits.
+    /// It does not run; [`replay`](Self::replay) runs it, on the buffers that `work` named, which must live until then. The
+    /// kernels must have run before, with no smaller workspace. `None`, and nothing done, on the host's cores, where a launch
+    /// costs as much either way.
+    pub fn capture(&self, work: impl FnOnce(&Stream)) -> Option<Graph> {
+        match &*self.queue {
+            Queue::Gpu(gpu) => Some(gpu.capture(|| work(self))),
+            _ => None,
+        }
+    }
+
+    /// Submits the launches of a graph that this stream has captured.
+    ///
+    /// # Panics
+    /// On the host's cores, which give no graphs.
+    pub fn replay(&self, graph: &Graph) {
+        match &*self.queue {
+            Queue::Gpu(gpu) => gpu.replay(graph),
+            _ => panic!("a graph on the host's cores"),
         }
     }
 

@@ -26,6 +26,7 @@ mod session;
 #[cfg(test)]
 mod simulation;
 mod stats;
+mod table;
 mod vision;
 mod worker;
 

@@ -30,8 +30,9 @@ pub(super) struct Plan {
     /// The decoder's rows.
     pub input: StepInput,
     pub draws: Vec<Draw>,
-    /// Rows whose id is drawn by the step before: (row, which of its draws).
-    pub patches: Vec<(usize, usize)>,
+    /// Rows whose id is drawn by the step before, and which of its draws that is.
+    pub patch_rows: Vec<u32>,
+    pub patch_draws: Vec<u32>,
     /// Rows of prompts, and of what is computed again after preemption.
     pub prefill_tokens: usize,
 }
@@ -44,7 +45,8 @@ impl Plan {
         self.input.clear();
         self.input.cu_seqlens_q.push(0);
         self.draws.clear();
-        self.patches.clear();
+        self.patch_rows.clear();
+        self.patch_draws.clear();
         self.prefill_tokens = 0;
     }
 
@@ -57,8 +59,14 @@ impl Plan {
         self.input.ids.len()
     }
 
-    /// Appends the tokens `from..to` of a sequence whose pages are all there. `image`: the id of image rows.
-    pub fn push_rows(&mut self, s: &Sequence, from: usize, to: usize, block: usize, image: u32) {
+    /// Whether every row is a sequence's only one, is drawn from, and shows no image.
+    pub fn decodes(&self) -> bool {
+        let (rows, i) = (self.rows(), &self.input);
+        rows == i.kv_lens.len() && rows == self.draws.len() && i.image_rows.is_empty()
+    }
+
+    /// Appends the tokens `from..to` of a sequence whose pages are all there, and which has a row of the block tables. `image`: the id of image rows.
+    pub fn push_rows(&mut self, s: &mut Sequence, from: usize, to: usize, block: usize, image: u32) {
         let (first, known, i) = (self.rows(), to.min(s.tokens.len()), &mut self.input);
         if from < known {
             i.ids.extend_from_slice(&s.tokens[from..known]);
@@ -68,7 +76,8 @@ impl Plan {
         }
         for _ in known.max(from)..to {
             // When a step is planned, at most one token is under way: the newest.
-            self.patches.push((i.ids.len(), s.draw));
+            self.patch_rows.push(i.ids.len() as u32);
+            self.patch_draws.push(s.draw as u32);
             i.ids.push(0);
             i.positions.iter_mut().for_each(|all| all.push(s.next_position));
         }
@@ -80,6 +89,7 @@ impl Plan {
         i.slots.extend((from..to).map(|at| s.blocks[at / block] * block as u32 + (at % block) as u32));
         i.cu_seqlens_q.push(i.ids.len() as u32);
         i.kv_lens.push(to as u32);
-        i.block_tables.push(s.blocks.clone());
+        i.table_rows.extend(s.blocks.row());
+        i.table_changes.extend(s.blocks.changes());
     }
 }

@@ -3,11 +3,12 @@
 use super::plan::Plan;
 use super::scheduler::Limits;
 use crate::Result;
-use crate::device::{Buffer, DType, Device, Element, Pending, Stream};
+use crate::device::{Buffer, DType, Graph, Input, Inputs, Pending, Stream};
 use crate::model::{Model, StepBatch, StepLimits, VisionWorkspace, Workspace};
 use crate::ops::kv_cache::{self, KvCache};
 use crate::ops::sample::{SampleParams, sample};
 use crate::ops::{rows, softmax};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Tokens on their way from the device.
@@ -23,22 +24,51 @@ impl Drawn {
     }
 }
 
-/// A value for each draw of a step: a device buffer and the host's list for it.
-struct PerDraw<T> {
-    buffer: Buffer,
-    host: Vec<T>,
+/// The lists of a step that say what to draw, and what the step before has drawn.
+struct Lists {
+    row: Input,
+    temperature: Input,
+    top_k: Input,
+    top_p: Input,
+    min_p: Input,
+    seed: Input,
+    stream_id: Input,
+    position: Input,
+    patch_rows: Input,
+    patch_draws: Input,
 }
 
-impl<T: Element> PerDraw<T> {
-    fn new(device: &Device, most: usize) -> PerDraw<T> {
-        PerDraw { buffer: device.zeros(T::DTYPE, most), host: Vec::with_capacity(most) }
+impl Lists {
+    /// Those of `plan`, filled up to `n` draws with ones that nobody reads.
+    fn put(inputs: &mut Inputs, plan: &Plan, n: usize) -> Lists {
+        let draws = || plan.draws.iter();
+        Lists {
+            row: inputs.put(draws().map(|d| d.row), n, 0),
+            temperature: inputs.put(draws().map(|d| d.sampling.temperature), n, 0.0),
+            top_k: inputs.put(draws().map(|d| d.sampling.top_k), n, 0),
+            top_p: inputs.put(draws().map(|d| d.sampling.top_p), n, 1.0),
+            min_p: inputs.put(draws().map(|d| d.sampling.min_p), n, 0.0),
+            seed: inputs.put(draws().map(|d| d.sampling.seed), n, 0),
+            stream_id: inputs.put(draws().map(|d| d.sampling.stream), n, 0),
+            position: inputs.put(draws().map(|d| d.position), n, 0),
+            // The last, because no graph reads them: their lengths may differ from step to step.
+            patch_rows: inputs.put_all(&plan.patch_rows),
+            patch_draws: inputs.put_all(&plan.patch_draws),
+        }
     }
+}
 
-    fn upload(&mut self, s: &Stream, values: impl Iterator<Item = T>) {
-        self.host.clear();
-        self.host.extend(values);
-        s.write(&self.buffer, &self.host);
-    }
+/// The graph of steps that decode so many rows.
+struct Decoding {
+    /// What it reads: where the lists lie elsewhere it is of no use.
+    ids: Buffer,
+    graph: Option<Graph>,
+}
+
+/// Rows that a step of `n` decoding sequences is filled up to, `most` at the most: few numbers, so that few graphs are made.
+fn padded(n: usize, most: usize) -> usize {
+    let up = if n <= 8 { n.next_power_of_two() } else { n.next_multiple_of(8) };
+    up.min(most)
 }
 
 pub(super) struct Runner {
@@ -57,16 +87,14 @@ pub(super) struct Runner {
     /// `[max_sequences, vocab]`
     logits: Buffer,
     forbidden: Buffer,
-    rows: PerDraw<u32>,
-    temperature: PerDraw<f32>,
-    top_k: PerDraw<u32>,
-    top_p: PerDraw<f32>,
-    min_p: PerDraw<f32>,
-    seed: PerDraw<u64>,
-    stream_id: PerDraw<u64>,
-    position: PerDraw<u32>,
+    /// u32 `[max_sequences]`: what the last step has drawn.
     tokens: Buffer,
     logprobs: Buffer,
+    /// Most rows of a step that decodes.
+    most: usize,
+    /// By the number of rows.
+    graphs: HashMap<usize, Decoding>,
+    replays: u64,
 }
 
 impl Runner {
@@ -90,23 +118,18 @@ impl Runner {
             encode_rows: d.zeros(DType::U32, limits.step_patches / 4),
             logits: d.alloc(DType::F32, most * c.vocab_size),
             forbidden: d.upload(&softmax::forbidden_set(c.vocab_size, forbidden)),
-            rows: PerDraw::new(&d, most),
-            temperature: PerDraw::new(&d, most),
-            top_k: PerDraw::new(&d, most),
-            top_p: PerDraw::new(&d, most),
-            min_p: PerDraw::new(&d, most),
-            seed: PerDraw::new(&d, most),
-            stream_id: PerDraw::new(&d, most),
-            position: PerDraw::new(&d, most),
             tokens: d.zeros(DType::U32, most),
             logprobs: d.zeros(DType::F32, most),
+            most: most.min(limits.step_tokens),
+            graphs: HashMap::new(),
+            replays: 0,
             model,
         }
     }
 
     /// Submits a step: page copies, images, the decoder, the draws.
     pub fn submit(&mut self, plan: &Plan) -> Result<Drawn> {
-        let (s, c) = (&self.stream, &self.model.config);
+        let (s, c) = (&self.stream.clone(), &self.model.config);
         for &(from, to) in &plan.copies {
             kv_cache::copy_block(s, &self.cache, from as usize, to as usize);
         }
@@ -119,32 +142,71 @@ impl Runner {
         if plan.rows() == 0 {
             return Ok(Drawn(None));
         }
-        self.batch.upload(s, &plan.input);
-        let hidden = self.model.forward(s, &self.batch, &self.cache, Some(&self.arena), &self.workspace);
-        let n = plan.draws.len();
-        if n == 0 {
-            return Ok(Drawn(None));
+        let (draws, decodes) = (plan.draws.len(), plan.decodes() && s.has_graphs());
+        let size = decodes.then(|| padded(draws, self.most));
+        let n = size.unwrap_or(draws);
+        let lists = self.batch.upload_with(s, &plan.input, size, |inputs| Lists::put(inputs, plan, n));
+        let [patch_rows, patch_draws] = [lists.patch_rows, lists.patch_draws].map(|list| self.batch.added(list));
+        rows::put(s, plan.patch_rows.len(), &patch_rows, Some(&patch_draws), &self.tokens, &self.batch.ids);
+        match size {
+            Some(_) => self.decode(&lists, n),
+            None => self.compute(s, &lists, n),
         }
-        self.rows.upload(s, plan.draws.iter().map(|d| d.row));
-        self.temperature.upload(s, plan.draws.iter().map(|d| d.sampling.temperature));
-        self.top_k.upload(s, plan.draws.iter().map(|d| d.sampling.top_k));
-        self.top_p.upload(s, plan.draws.iter().map(|d| d.sampling.top_p));
-        self.min_p.upload(s, plan.draws.iter().map(|d| d.sampling.min_p));
-        self.seed.upload(s, plan.draws.iter().map(|d| d.sampling.seed));
-        self.stream_id.upload(s, plan.draws.iter().map(|d| d.sampling.stream));
-        self.position.upload(s, plan.draws.iter().map(|d| d.position));
+        let values = (draws > 0).then(|| (s.read(&self.tokens.view(0, draws)), s.read(&self.logprobs.view(0, draws))));
+        Ok(Drawn(values))
+    }
+
+    /// Submits the decoder on what was uploaded, and `n` draws.
+    fn compute(&self, s: &Stream, lists: &Lists, n: usize) {
+        let hidden = self.model.forward(s, &self.batch, &self.cache, Some(&self.arena), &self.workspace);
+        if n == 0 {
+            return;
+        }
+        let list = |input| self.batch.added(input);
         let params = SampleParams {
-            temperature: self.temperature.buffer.clone(),
-            top_k: self.top_k.buffer.clone(),
-            top_p: self.top_p.buffer.clone(),
-            min_p: self.min_p.buffer.clone(),
-            seed: self.seed.buffer.clone(),
-            stream_id: self.stream_id.buffer.clone(),
-            position: self.position.buffer.clone(),
+            temperature: list(lists.temperature),
+            top_k: list(lists.top_k),
+            top_p: list(lists.top_p),
+            min_p: list(lists.min_p),
+            seed: list(lists.seed),
+            stream_id: list(lists.stream_id),
+            position: list(lists.position),
         };
-        self.model.logits(s, &hidden, &self.rows.buffer, &self.workspace, &self.logits, n);
-        sample(s, &self.logits, &params, &self.forbidden, &self.tokens, &self.logprobs, n, c.vocab_size);
-        Ok(Drawn(Some((s.read(&self.tokens.view(0, n)), s.read(&self.logprobs.view(0, n))))))
+        self.model.logits(s, &hidden, &list(lists.row), &self.workspace, &self.logits, n);
+        let vocabulary = self.model.config.vocab_size;
+        sample(s, &self.logits, &params, &self.forbidden, &self.tokens, &self.logprobs, n, vocabulary);
+    }
+
+    /// [`compute`](Self::compute) of `n` rows that decode. The first step of a size is submitted launch by launch, so that the kernels
+    /// are loaded and the workspace is as large as it must be; the second makes the graph that all others replay.
+    fn decode(&mut self, lists: &Lists, n: usize) {
+        let ids = &self.batch.ids;
+        let met = self.graphs.get(&n).filter(|d| d.ids.overlaps(ids));
+        match met {
+            Some(Decoding { graph: Some(graph), .. }) => {
+                self.stream.replay(graph);
+                self.replays += 1;
+            }
+            Some(_) => {
+                let graph = self.stream.capture(|s| self.compute(s, lists, n));
+                graph.iter().for_each(|graph| self.stream.replay(graph));
+                self.graphs.insert(n, Decoding { ids: ids.clone(), graph });
+            }
+            None => {
+                self.compute(&self.stream, lists, n);
+                self.graphs.insert(n, Decoding { ids: ids.clone(), graph: None });
+            }
+        }
+    }
+
+    /// Whether a step is best submitted before the one before it is read: where it does not run in the call itself.
+    pub fn runs_ahead(&self) -> bool {
+        !self.model.device().runs_at_submission()
+    }
+
+    /// Steps that were replayed from a graph.
+    pub fn replays(&self) -> u64 {
+        self.replays
     }
 
     /// Waits until the device has done all that was submitted.

@@ -5,7 +5,7 @@
 //! in the order in which they were opened, so that episodes that have begun finish before new ones take their memory.
 //!
 //! A step is planned while the one before it runs. Then the newest token of a sequence is still under way: its row is
-//! planned with the id left open, and patched in when the draw is read. A sequence that turns out to have ended has had
+//! planned with the id left open, and patched in on the device, where the draw is. A sequence that turns out to have ended has had
 //! one row too many, which in a session is the last token's, needed by its next turn.
 //!
 //! When pages run out, the latest page of a victim is taken and recomputed later: of the session that has been parked
@@ -44,6 +44,8 @@ pub(super) struct Scheduler {
     /// Rises when the weights change.
     pub epoch: u64,
     tokenizer: Option<Arc<Tokenizer>>,
+    /// Rows of the device's block tables that no sequence has. Those that run have one each.
+    table_rows: Vec<u32>,
     /// By id; ids ascend in the order of opening.
     sequences: HashMap<u64, Box<Sequence>>,
     /// With a turn, and rows in every step.
@@ -69,6 +71,7 @@ impl Scheduler {
             counters: Counters::default(),
             epoch: 0,
             tokenizer,
+            table_rows: (0..limits.max_sequences as u32).rev().collect(),
             sequences: HashMap::new(),
             running: BTreeSet::new(),
             waiting: BTreeSet::new(),
@@ -158,6 +161,7 @@ impl Scheduler {
         for s in self.sequences.values_mut() {
             s.change_epoch(&mut self.blocks);
             s.parked = None;
+            self.table_rows.extend(s.blocks.leave());
         }
         self.parked.clear();
         self.waiting.append(&mut self.running);
@@ -303,6 +307,10 @@ impl Scheduler {
         }
         self.waiting.remove(&id);
         self.running.insert(id);
+        // There is one: whoever stops running gives its row back.
+        if let (Some(row), Some(s)) = (self.table_rows.pop(), self.sequences.get_mut(&id)) {
+            s.blocks.enter(row);
+        }
         true
     }
 
@@ -389,7 +397,7 @@ impl Scheduler {
                 }
                 if let Some(copy) = self.blocks.alloc() {
                     plan.copies.push((s.blocks[i], copy));
-                    self.blocks.release(std::mem::replace(&mut s.blocks[i], copy));
+                    self.blocks.release(s.blocks.replace(i, copy));
                     break;
                 }
                 if !self.reclaim(id, true) {
@@ -443,6 +451,7 @@ impl Scheduler {
         if self.running.remove(&id) {
             self.counters.preemptions += 1;
             self.waiting.insert(id);
+            self.table_rows.extend(self.sequences.get_mut(&id).and_then(|s| s.blocks.leave()));
         }
     }
 
@@ -450,6 +459,7 @@ impl Scheduler {
         self.running.remove(&id);
         self.waiting.remove(&id);
         let Some(s) = self.sequences.get_mut(&id) else { return };
+        self.table_rows.extend(s.blocks.leave());
         let Some(turn) = s.turn.take() else { return };
         if s.unsettled > 0 {
             // A draw that is still under way is not part of the sequence, nor is its row, if one is planned.

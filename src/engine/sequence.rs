@@ -3,6 +3,7 @@
 use super::blocks::{Blocks, Content, ImageMark, Key};
 use super::generation::Writer;
 use super::sampling::{Sampling, StopStrings};
+use super::table::PageTable;
 use crate::input::{ImageSpan, Prompt};
 use crate::model::positions::{self, Positions};
 use std::sync::Arc;
@@ -28,7 +29,7 @@ pub(super) struct Sequence {
     /// M-RoPE position of the next token.
     pub next_position: u32,
     /// Pages, in order; together they hold `computed` tokens.
-    pub blocks: Vec<u32>,
+    pub blocks: PageTable,
     /// Keys of the first pages.
     keys: Vec<Key>,
     /// Pages that have been offered to other sequences.
@@ -111,9 +112,7 @@ impl Sequence {
     /// Takes the pages of the first `computed` tokens of a sequence that begins with the same tokens.
     pub fn share(&mut self, from: &Sequence, computed: usize, blocks: &mut Blocks, block: usize) {
         self.drop_pages(blocks);
-        let pages = computed.div_ceil(block);
-        self.blocks = from.blocks[..pages].to_vec();
-        self.blocks.iter().for_each(|&b| blocks.retain(b));
+        self.blocks.share(&from.blocks, computed.div_ceil(block), blocks);
         self.keys = from.keys[..from.keys.len().min(computed / block)].to_vec();
         self.published = from.published.min(computed / block);
         self.computed = computed;

@@ -86,6 +86,9 @@ struct Device {
     /// `None`: never written, or written under other weights.
     slots: Vec<Option<u64>>,
     arena: Vec<Option<u64>>,
+    /// Block tables, and what the last step has drawn: they stay from step to step.
+    tables: Vec<Vec<Option<u32>>>,
+    drawn: Vec<u32>,
     weights: Weights,
     limits: Limits,
 }
@@ -112,18 +115,28 @@ impl Device {
         let mut images = input.image_rows.iter().zip(&input.image_sources).peekable();
         let mut states = vec![0; input.ids.len()];
         let mut written = std::collections::HashSet::new();
-        for (n, table) in input.block_tables.iter().enumerate() {
+        let mut ids = input.ids.clone();
+        for (&row, &draw) in p.patch_rows.iter().zip(&p.patch_draws) {
+            ids[row as usize] = self.drawn[draw as usize];
+        }
+        for e in &input.table_changes {
+            self.tables[e.row as usize][e.index as usize] = Some(e.page);
+        }
+        assert!((1..input.table_rows.len()).all(|i| !input.table_rows[..i].contains(&input.table_rows[i])));
+        for (n, &table_row) in input.table_rows.iter().enumerate() {
+            let table = &self.tables[table_row as usize];
             let (first, end) = (input.cu_seqlens_q[n] as usize, input.cu_seqlens_q[n + 1] as usize);
             let from = input.kv_lens[n] as usize - (end - first);
-            let slot = |i: usize| table[i / BLOCK] as usize * BLOCK + i % BLOCK;
+            let slot =
+                |i: usize| table[i / BLOCK].expect("a page that the table was told") as usize * BLOCK + i % BLOCK;
             let mut state = if from == 0 { 0 } else { self.slots[slot(from - 1)].expect("a page that was written") };
             for (row, out) in states.iter_mut().enumerate().take(end).skip(first) {
                 let what = match images.next_if(|(r, _)| **r as usize == row) {
                     Some((_, &source)) => {
-                        assert_eq!(input.ids[row], NO_TOKEN);
+                        assert_eq!(ids[row], NO_TOKEN);
                         self.arena[source as usize].expect("an image that was encoded")
                     }
-                    None => input.ids[row] as u64,
+                    None => ids[row] as u64,
                 };
                 let position = [input.positions[0][row], input.positions[1][row], input.positions[2][row]];
                 state = fold(state, what, position, self.weights);
@@ -135,7 +148,9 @@ impl Device {
         }
         assert!(images.next().is_none());
         let draw = |d: &Draw| drawn(states[d.row as usize], &d.sampling, d.position as usize);
-        p.draws.iter().map(draw).unzip()
+        let (drawn, logprobs) = p.draws.iter().map(draw).unzip();
+        self.drawn = drawn;
+        (self.drawn.clone(), logprobs)
     }
 }
 
@@ -145,6 +160,7 @@ struct Simulation {
     running: Option<(Plan, Vec<u32>, Vec<f32>)>,
     link: Arc<Link>,
     stalls: usize,
+    steps: u64,
 }
 
 impl Simulation {
@@ -153,10 +169,12 @@ impl Simulation {
         let device = Device {
             slots: vec![None; pages * BLOCK],
             arena: vec![None; scheduler.vision.rows()],
+            tables: vec![vec![None; limits.max_len.div_ceil(BLOCK)]; limits.max_sequences],
+            drawn: Vec::new(),
             weights: Weights::default(),
             limits,
         };
-        Simulation { scheduler, device, running: None, link: Arc::default(), stalls: 0 }
+        Simulation { scheduler, device, running: None, link: Arc::default(), stalls: 0, steps: 0 }
     }
 
     fn generate(&mut self, id: u64, sampling: &Sampling, ephemeral: bool, leader: Option<u64>) -> Arc<Feed> {
@@ -165,34 +183,40 @@ impl Simulation {
         feed
     }
 
-    fn settle(&mut self) -> Option<Vec<u32>> {
-        let (plan, tokens, logprobs) = self.running.take()?;
-        self.scheduler.settle(&plan.draws, &tokens, &logprobs);
-        Some(tokens)
+    fn settle(&mut self, step: Option<(Plan, Vec<u32>, Vec<f32>)>) -> bool {
+        let settled = step.is_some();
+        if let Some((plan, tokens, logprobs)) = step {
+            self.scheduler.settle(&plan.draws, &tokens, &logprobs);
+        }
+        self.scheduler.announce();
+        settled
     }
 
-    /// One round of the engine's loop, in its order.
+    /// One round of the engine's loop, in either of its orders.
     fn step(&mut self) {
         let mut plan = Plan::default();
         self.scheduler.plan(&mut plan);
-        let drawn = self.settle();
-        self.scheduler.announce();
+        let mut before = self.running.take();
         if plan.is_empty() {
-            self.stalls = if drawn.is_some() || !self.scheduler.busy() { 0 } else { self.stalls + 1 };
+            let settled = self.settle(before);
+            self.stalls = if settled || !self.scheduler.busy() { 0 } else { self.stalls + 1 };
             assert!(self.stalls <= 2, "nothing can go on");
             return;
         }
         self.stalls = 0;
-        for &(row, draw) in &plan.patches {
-            plan.input.ids[row] = drawn.as_ref().unwrap()[draw];
+        self.steps += 1;
+        if mix(self.steps, 7).is_multiple_of(2) {
+            self.settle(before.take());
         }
         let (tokens, logprobs) = self.device.run(&plan);
         self.running = Some((plan, tokens, logprobs));
+        self.settle(before);
     }
 
     /// Others from now on; those of the vision tower only with `vision`.
     fn change_weights(&mut self, vision: bool) {
-        self.settle();
+        let running = self.running.take();
+        self.settle(running);
         self.device.weights.text += 1;
         self.scheduler.change_epoch(vision);
         self.device.slots.fill(None);

@@ -17,6 +17,8 @@ pub(super) struct Counters {
 pub struct Stats {
     /// Steps run.
     pub steps: u64,
+    /// Those of them that a GPU replayed from a graph.
+    pub graph_steps: u64,
     /// Tokens sampled.
     pub sampled_tokens: u64,
     /// Prompt tokens that went through the decoder, those computed again after preemption included.

@@ -1,4 +1,6 @@
-//! The engine's thread: takes commands, plans a step while the one before it runs, submits it, reads results.
+//! The engine's thread: takes commands, plans a step while the one before it runs, submits it, reads the results of the one
+//! before. On the host's cores, where a step runs as it is submitted, they are read first, so that whoever waits for them goes
+//! on meanwhile.
 
 use super::generation::{Link, Writer};
 use super::plan::Plan;
@@ -53,9 +55,15 @@ pub(super) struct Worker {
     pub stats: Arc<Mutex<Stats>>,
     pub link: Arc<Link>,
     cancels_seen: usize,
-    /// What is being computed, and when it was submitted.
-    running: Option<(Plan, Drawn, Timing)>,
+    running: Option<Step>,
     spare: Vec<Plan>,
+}
+
+/// What is being computed.
+struct Step {
+    plan: Plan,
+    pending: Drawn,
+    timing: Timing,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -96,35 +104,39 @@ impl Worker {
             let mut plan = self.spare.pop().unwrap_or_default();
             self.scheduler.plan(&mut plan);
             let mut timing = Timing { host: begun.elapsed(), device: Duration::ZERO };
-            let drawn = self.settle()?;
+            let mut before = self.running.take();
             if plan.is_empty() {
                 self.spare.push(plan);
-                stalls = if drawn.is_some() || !self.scheduler.busy() { 0 } else { stalls + 1 };
+                let settled = self.settle(before)?;
+                stalls = if settled || !self.scheduler.busy() { 0 } else { stalls + 1 };
                 if stalls > 2 {
                     return Err(Error::internal("the scheduler cannot go on with any sequence"));
                 }
                 continue;
             }
             stalls = 0;
-            let drawn = drawn.unwrap_or_default();
-            for &(row, draw) in &plan.patches {
-                plan.input.ids[row] = drawn[draw];
+            let ahead = self.runner.runs_ahead();
+            if !ahead {
+                self.settle(before.take())?;
             }
             let begun = Instant::now();
             let pending = self.runner.submit(&plan)?;
             timing.device = begun.elapsed();
-            self.running = Some((plan, pending, timing));
+            self.running = Some(Step { plan, pending, timing });
+            if ahead {
+                self.settle(before)?;
+            }
         }
     }
 
-    /// Reads the results of the step that runs, if one does; returns its tokens.
-    fn settle(&mut self) -> Result<Option<Vec<u32>>> {
-        let Some((plan, drawn, timing)) = self.running.take() else {
+    /// Reads the results of a step, if there is one.
+    fn settle(&mut self, step: Option<Step>) -> Result<bool> {
+        let Some(Step { plan, pending, timing }) = step else {
             self.publish(|_| ());
-            return Ok(None);
+            return Ok(false);
         };
         let begun = Instant::now();
-        let (tokens, logprobs) = drawn.wait()?;
+        let (tokens, logprobs) = pending.wait()?;
         let read = Instant::now();
         self.scheduler.settle(&plan.draws, &tokens, &logprobs);
         let host = timing.host + read.elapsed();
@@ -132,7 +144,7 @@ impl Worker {
         let (prefill, sampled) = (plan.prefill_tokens, plan.draws.len());
         self.publish(|s| s.record(prefill, sampled, took, host));
         self.spare.push(plan);
-        Ok(Some(tokens))
+        Ok(true)
     }
 
     /// Takes what has been asked for; blocks while there is nothing else to do. `false`: the engine is being dropped.
@@ -168,7 +180,8 @@ impl Worker {
                 Command::Fork { parent, child } => self.scheduler.fork(parent, child),
                 Command::Close { id } => self.scheduler.close(id),
                 Command::Pause { idle, release } => {
-                    self.settle()?;
+                    let running = self.running.take();
+                    self.settle(running)?;
                     self.runner.synchronize()?;
                     // Whoever asked may be gone; then the release is gone too.
                     let _ = idle.send(());
@@ -190,6 +203,7 @@ impl Worker {
         let mut s = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
         step(&mut s);
         let (c, row) = (self.scheduler.counters, self.runner.vision_row_bytes());
+        s.graph_steps = self.runner.replays();
         s.sampled_tokens = c.sampled_tokens;
         s.prefix_hit_tokens = c.prefix_hit_tokens;
         (s.images_encoded, s.image_hits) = (c.vision_misses, c.vision_hits);

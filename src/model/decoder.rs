@@ -3,7 +3,7 @@
 use super::Config;
 use super::layer::{self, LayerActs, LayerShape, Rope};
 use super::params::{LayerParams, TextParams};
-use crate::device::{Buffer, DType, Device, Stream};
+use crate::device::{Buffer, DType, Device, Input, Inputs, Stream};
 use crate::ops::attention::{self, Segments};
 use crate::ops::embedding::Table;
 use crate::ops::kv_cache::{self, KvCache, KvLayer};
@@ -31,13 +31,27 @@ pub struct StepLimits {
     pub tokens: usize,
     /// Segments (sequences).
     pub segments: usize,
-    /// KV pages of one sequence: width of a row of the block table.
+    /// KV pages of one sequence: width of a row of the block tables, which are as many as segments.
     pub blocks_per_segment: usize,
     /// Rows of logits.
     pub logits: usize,
 }
 
+/// An entry of a block table: the page of tokens `index * BLOCK..` of the sequence that has row `row`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TableEntry {
+    /// Row of the block tables.
+    pub row: u32,
+    /// Place in that row.
+    pub index: u32,
+    /// The page.
+    pub page: u32,
+}
+
 /// One step's tokens as the host lays them out. Segments follow one another without gaps.
+///
+/// Block tables stay on the device from step to step: a step brings the entries that have changed, so that what it costs does
+/// not grow with the context.
 #[derive(Clone, Debug, Default)]
 pub struct StepInput {
     /// `[t]`: token ids; [`embedding::NO_TOKEN`] where the row is an image's.
@@ -54,8 +68,10 @@ pub struct StepInput {
     pub cu_seqlens_q: Vec<u32>,
     /// `[n]`: context of each segment in tokens, this step's included.
     pub kv_lens: Vec<u32>,
-    /// `[n]`: pages of each segment's context, in order.
-    pub block_tables: Vec<Vec<u32>>,
+    /// `[n]`: the row of the block tables that each segment has, all different.
+    pub table_rows: Vec<u32>,
+    /// What has changed in the block tables since the last step with the same [`StepBatch`], each entry once.
+    pub table_changes: Vec<TableEntry>,
 }
 
 impl StepInput {
@@ -68,7 +84,17 @@ impl StepInput {
         self.image_sources.clear();
         self.cu_seqlens_q.clear();
         self.kv_lens.clear();
-        self.block_tables.clear();
+        self.table_rows.clear();
+        self.table_changes.clear();
+    }
+
+    /// Appends a segment's context, the pages of which become the next row of the block tables: for batches that stand alone.
+    pub fn push_table(&mut self, kv_len: usize, pages: &[u32]) {
+        let row = self.kv_lens.len() as u32;
+        self.kv_lens.push(kv_len as u32);
+        self.table_rows.push(row);
+        let entries = pages.iter().enumerate().map(|(i, &page)| TableEntry { row, index: i as u32, page });
+        self.table_changes.extend(entries);
     }
 }
 
@@ -93,31 +119,40 @@ pub struct StepBatch {
     /// Rows whose keys and values also go to further slots (the shared prompt's last, partly filled page, in training):
     /// first row, count, slots.
     pub(super) copies: Vec<(usize, usize, Buffer)>,
-    staging: Vec<u32>,
+    inputs: Inputs,
+    limits: StepLimits,
 }
 
 impl StepBatch {
-    /// Room for a step within `limits`.
+    /// Room for steps within `limits`.
     pub fn new(device: &Device, limits: &StepLimits) -> StepBatch {
-        let room = |n: usize| device.zeros(DType::U32, n);
+        let StepLimits { tokens, segments, blocks_per_segment, logits } = *limits;
+        // So many words that no step's lists outgrow them: seven lists of rows, three of segments, all that the tables hold with its
+        // places, up to twelve that are added for each row of logits, and what lies between lists.
+        let most = 7 * tokens + 3 * segments + 2 * segments * blocks_per_segment + 12 * logits + 128;
+        let mut inputs = Inputs::new(device, size_of::<u32>() * most);
+        let nothing = inputs.put_all::<u32>(&[]);
+        let nothing = inputs.get(nothing);
         StepBatch {
             tokens: 0,
             images: 0,
-            ids: room(limits.tokens),
-            positions: room(3 * limits.tokens),
-            slots: room(limits.tokens),
-            image_rows: room(limits.tokens),
-            image_sources: room(limits.tokens),
+            ids: nothing.clone(),
+            positions: nothing.clone(),
+            slots: nothing.clone(),
+            image_rows: nothing.clone(),
+            image_sources: nothing.clone(),
             segments: Segments {
-                cu_seqlens_q: room(limits.segments + 1),
-                kv_lens: room(limits.segments),
-                block_tables: room(limits.segments * limits.blocks_per_segment),
-                stride: limits.blocks_per_segment,
+                cu_seqlens_q: nothing.clone(),
+                kv_lens: nothing,
+                block_tables: device.zeros(DType::U32, segments * blocks_per_segment),
+                table_rows: None,
+                stride: blocks_per_segment,
                 n: 0,
                 rows: 0,
             },
             copies: Vec::new(),
-            staging: Vec::new(),
+            inputs,
+            limits: *limits,
         }
     }
 
@@ -126,28 +161,67 @@ impl StepBatch {
     /// # Panics
     /// If it does not fit the limits this batch was made for, or its lists disagree about their lengths.
     pub fn upload(&mut self, s: &Stream, input: &StepInput) {
+        self.upload_with(s, input, None, |_| ());
+    }
+
+    /// Submits the upload of `input` and of the lists that `more` adds, which [`added`](Self::added) gives as buffers. With `size`, a
+    /// step in which every segment has one row is filled up to so many rows with ones that are nobody's: steps of one size then
+    /// lie where the last one lay, if `more` adds lists of the same lengths.
+    ///
+    /// # Panics
+    /// As [`upload`](Self::upload).
+    pub(crate) fn upload_with<R>(
+        &mut self,
+        s: &Stream,
+        input: &StepInput,
+        size: Option<usize>,
+        more: impl FnOnce(&mut Inputs) -> R,
+    ) -> R {
         let (t, n) = (input.ids.len(), input.kv_lens.len());
         assert!(input.slots.len() == t && input.positions.iter().all(|p| p.len() == t), "lists of {t} tokens");
-        assert!(input.cu_seqlens_q.len() == n + 1 && input.block_tables.len() == n, "lists of {n} segments");
+        assert!(input.cu_seqlens_q.len() == n + 1 && input.table_rows.len() == n, "lists of {n} segments");
         assert_eq!(input.image_rows.len(), input.image_sources.len(), "a source for each image row");
-        (self.tokens, self.images) = (t, input.image_rows.len());
-        (self.segments.n, self.segments.rows) = (n, t);
-        s.write(&self.ids, &input.ids);
-        self.staging.clear();
-        input.positions.iter().for_each(|p| self.staging.extend_from_slice(p));
-        s.write(&self.positions, &self.staging);
-        s.write(&self.slots, &input.slots);
-        s.write(&self.image_rows, &input.image_rows);
-        s.write(&self.image_sources, &input.image_sources);
-        s.write(&self.segments.cu_seqlens_q, &input.cu_seqlens_q);
-        s.write(&self.segments.kv_lens, &input.kv_lens);
-        self.staging.clear();
-        for table in &input.block_tables {
-            assert!(table.len() <= self.segments.stride, "{} pages of at most {}", table.len(), self.segments.stride);
-            self.staging.extend_from_slice(table);
-            self.staging.resize(self.staging.len().next_multiple_of(self.segments.stride.max(1)), 0);
-        }
-        s.write(&self.segments.block_tables, &self.staging);
+        let StepLimits { tokens, segments, blocks_per_segment: stride, .. } = self.limits;
+        let (rows, padded) = (size.unwrap_or(t), size.unwrap_or(n));
+        assert!(rows <= tokens && padded <= segments, "{rows} rows and {padded} segments in {:?}", self.limits);
+        assert!(
+            input.table_rows.iter().all(|&row| (row as usize) < segments),
+            "a row past the {segments} block tables"
+        );
+        let place = |e: &TableEntry| {
+            let (row, index) = (e.row as usize, e.index as usize);
+            assert!(row < segments && index < stride, "{e:?} in {segments} block tables of {stride} pages");
+            (row * stride + index) as u32
+        };
+        let i = &mut self.inputs;
+        i.clear();
+        let ids = i.put(input.ids.iter().copied(), rows, embedding::NO_TOKEN);
+        let axis = |axis: &Vec<u32>| axis.iter().copied().chain(std::iter::repeat_n(0, rows - t)).collect::<Vec<_>>();
+        let positions = i.put(input.positions.iter().flat_map(axis), 3 * rows, 0);
+        let slots = i.put(input.slots.iter().copied(), rows, kv_cache::NO_SLOT);
+        let cu_seqlens_q = i.put(input.cu_seqlens_q.iter().copied(), padded + 1, t as u32);
+        let kv_lens = i.put(input.kv_lens.iter().copied(), padded, 0);
+        let table_rows = i.put(input.table_rows.iter().copied(), padded, 0);
+        let more = more(i);
+        let image_rows = i.put_all(&input.image_rows);
+        let image_sources = i.put_all(&input.image_sources);
+        let changes = input.table_changes.len();
+        let places = i.put(input.table_changes.iter().map(place), changes, 0);
+        let pages = i.put(input.table_changes.iter().map(|e| e.page), changes, 0);
+        i.send(s);
+        (self.tokens, self.images) = (rows, input.image_rows.len());
+        (self.segments.n, self.segments.rows) = (padded, rows);
+        (self.ids, self.positions, self.slots) = (i.get(ids), i.get(positions), i.get(slots));
+        (self.image_rows, self.image_sources) = (i.get(image_rows), i.get(image_sources));
+        (self.segments.cu_seqlens_q, self.segments.kv_lens) = (i.get(cu_seqlens_q), i.get(kv_lens));
+        self.segments.table_rows = Some(i.get(table_rows));
+        rows::put(s, changes, &i.get(places), None, &i.get(pages), &self.segments.block_tables);
+        more
+    }
+
+    /// A list that `more` added to the last upload.
+    pub(crate) fn added(&self, input: Input) -> Buffer {
+        self.inputs.get(input)
     }
 }
 

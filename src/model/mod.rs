@@ -19,7 +19,7 @@ mod vision;
 mod window;
 
 pub use config::{Config, TokenIds, VISION_NORM_EPS, VISION_ROPE_THETA, VisionConfig};
-pub use decoder::{StepBatch, StepInput, StepLimits, Workspace};
+pub use decoder::{StepBatch, StepInput, StepLimits, TableEntry, Workspace};
 pub use layer::LayerShape;
 pub use params::{Init, LayerParams, Layout, ParamStore, Segment, Tensor, TextParams, VisionParams};
 pub use presets::Preset;

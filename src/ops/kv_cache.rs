@@ -16,6 +16,8 @@ use crate::device::{Arg, Backend, Buffer, DType, Device, Gpu, Launch, Pool, Send
 
 /// Tokens of a page.
 pub const BLOCK: usize = 32;
+/// The slot of a token that has no place in the cache: it is left out.
+pub const NO_SLOT: u32 = u32::MAX;
 /// Tokens that are moved together: few rows to read at a time, side by side, while the page stays in the first cache.
 const RUN: usize = 8;
 
@@ -93,7 +95,7 @@ pub struct Tokens<'a> {
     pub k: usize,
     /// The same of its values.
     pub v: usize,
-    /// u32 `[n]`, all different.
+    /// u32 `[n]`, all different, but for [`NO_SLOT`].
     pub slots: &'a Buffer,
     /// How many there are.
     pub n: usize,
@@ -142,7 +144,7 @@ impl Move {
     }
 
     /// Runs `f(first token, its slot, number)` over runs of up to [`RUN`] tokens in consecutive slots of a page, which
-    /// together are all tokens, on all threads; asserts that the slots are there.
+    /// together are all tokens that have a slot, on all threads; asserts that the slots are there.
     ///
     /// # Safety
     /// As [`Buffer::get`], of the slots.
@@ -155,8 +157,10 @@ impl Move {
             for run in slots[token..].chunks(BLOCK).take(1).flat_map(|s| s.chunk_by(consecutive)) {
                 for run in run.chunks(RUN) {
                     let slot = run[0] as usize;
-                    assert!(slot < blocks * BLOCK, "slot {slot} of a cache of {blocks} pages");
-                    f(token, slot, run.len());
+                    if run[0] != NO_SLOT {
+                        assert!(slot < blocks * BLOCK, "slot {slot} of a cache of {blocks} pages");
+                        f(token, slot, run.len());
+                    }
                     token += run.len();
                 }
             }
@@ -320,12 +324,13 @@ mod tests {
             for d in devices() {
                 let (s, cache) = (d.stream(), KvCache::new(&d, DType::F32, 1, blocks, heads, hd));
                 let (layer, x) = (&cache.layers[0], noise(t * stride, 1));
-                let at: Vec<u32> = (0..t).map(|i| order(i) as u32).collect();
+                // The last token has no place.
+                let at: Vec<u32> = (0..t).map(|i| if i + 1 == t { NO_SLOT } else { order(i) as u32 }).collect();
                 let (rows, at) = (d.upload(&x), d.upload(&at));
                 write(&s, layer, &cache, Tokens { rows: &rows, stride, k: 2, v: 3 + width, slots: &at, n: t });
                 let (k, v) = (s.read::<f32>(&layer.k).wait().unwrap(), s.read::<f32>(&layer.v).wait().unwrap());
                 assert_eq!((k.len(), v.len()), (slots * width, slots * heads * padded(hd)));
-                for (i, head, c) in (0..t).flat_map(|i| (0..width).map(move |c| (i, c / hd, c % hd))) {
+                for (i, head, c) in (0..t - 1).flat_map(|i| (0..width).map(move |c| (i, c / hd, c % hd))) {
                     let (base, offset) = (order(i) / BLOCK * heads + head, order(i) % BLOCK);
                     let column = i * stride + head * hd + c;
                     assert_eq!(k[(base * hd + c) * BLOCK + offset], x[column + 2]);

@@ -50,6 +50,32 @@ pub fn scatter_add(s: &Stream, src: &Buffer, index: &Buffer, dst: &Buffer, n: us
     by_cols(s, "rows_scatter_add", src, index, dst, n, w, add_slice);
 }
 
+/// `to[index[i]] = from[source[i]]` for i in `0..n`, or `from[i]` without `source`: what a step changes in lists that stay on the
+/// device. All u32; no place is named twice.
+pub fn put(s: &Stream, n: usize, index: &Buffer, source: Option<&Buffer>, from: &Buffer, to: &Buffer) {
+    assert!(!to.overlaps(index) && !to.overlaps(from), "values put into the buffer that they come from");
+    let (index, source) = (index.view(0, n), source.map(|s| s.view(0, n)));
+    let (from, to) = (from.clone(), to.clone());
+    match s.backend() {
+        Backend::Cpu(s) => s.launch(move |_| {
+            // SAFETY: launches of one stream run in order; `to` is none of the others.
+            let (index, from, to) = unsafe { (index.get::<u32>(), from.get::<u32>(), to.get_mut::<u32>()) };
+            // SAFETY: as above.
+            let source = source.as_ref().map(|b| unsafe { b.get::<u32>() });
+            for (i, &place) in index.iter().enumerate() {
+                to[place as usize] = from[source.map_or(i, |s| s[i] as usize)];
+            }
+        }),
+        Backend::Gpu(gpu) if n > 0 => {
+            let [index, from, to] = [&index, &from, &to].map(Arg::Buffer);
+            let source = Arg::maybe(source.as_ref(), DType::U32);
+            let shape = Launch::linear(n.div_ceil(THREADS), THREADS);
+            gpu.launch("rows_put", shape, &[index, source, from, to, Arg::len(n)]);
+        }
+        Backend::Gpu(_) => {}
+    }
+}
+
 /// `y += x` over `len` elements.
 pub fn add(s: &Stream, x: &Buffer, y: &Buffer, len: usize) {
     assert!(x.len() >= len && y.len() >= len, "buffers of at least {len} elements");
@@ -194,6 +220,18 @@ mod tests {
                 add(&s, &sb, &out, n * w);
                 assert_eq!(s.read::<f32>(&out).wait().unwrap(), sum);
             }
+        }
+    }
+
+    #[test]
+    fn values_are_put_where_the_index_says() {
+        for d in devices() {
+            let (s, index, from) = (d.stream(), d.upload(&[4u32, 0, 9]), d.upload(&[10u32, 11, 12]));
+            let to = d.upload(&[1u32; 6]);
+            put(&s, 2, &index, None, &from, &to);
+            assert_eq!(s.read::<u32>(&to).wait().unwrap(), [11, 1, 1, 1, 10, 1]);
+            put(&s, 2, &index, Some(&d.upload(&[2u32, 2])), &from, &to);
+            assert_eq!(s.read::<u32>(&to).wait().unwrap(), [12, 1, 1, 1, 12, 1]);
         }
     }
 

@@ -3,7 +3,7 @@
 use super::{Noise, devices, read};
 use half::bf16;
 use varft::device::{Buffer, DType, Stream};
-use varft::ops::rows::{add, gather, gather_add, scatter, scatter_add};
+use varft::ops::rows::{add, gather, gather_add, put, scatter, scatter_add};
 
 #[test]
 fn rows_go_where_the_index_says_and_sums_are_rounded_once() {
@@ -45,6 +45,30 @@ fn rows_go_where_the_index_says_and_sums_are_rounded_once() {
                 let to = onto.map_or_else(|| d.alloc(DType::BF16, n * w), |values| d.upload(values));
                 op(&s, from, &ib, &to, n, w);
                 assert_eq!(&read::<bf16>(&s, &to), want, "{name} of {what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn values_are_put_where_the_index_says_and_nowhere_else() {
+    let mut rng = Noise::fresh();
+    for d in devices() {
+        let s = d.stream();
+        for n in [0usize, 1, 300] {
+            let (places, values) = (2 * n + 1, n + 7);
+            let index: Vec<u32> = (0..n as u32).map(|i| places as u32 - 1 - 2 * i).collect();
+            let source: Vec<u32> = (0..n).map(|_| (rng.next() % values as u64) as u32).collect();
+            let from: Vec<u32> = (0..values).map(|_| rng.next() as u32).collect();
+            let (ib, sb, fb) = (d.upload(&index), d.upload(&source), d.upload(&from));
+            for named in [true, false] {
+                let mut want = vec![7u32; places];
+                for (i, &place) in index.iter().enumerate() {
+                    want[place as usize] = from[if named { source[i] as usize } else { i }];
+                }
+                let to = d.upload(&vec![7u32; places]);
+                put(&s, n, &ib, named.then_some(&sb), &fb, &to);
+                assert_eq!(read::<u32>(&s, &to), want, "{d:?}, {n} values");
             }
         }
     }

@@ -54,7 +54,8 @@ fn kept(logits: &[f32], forbidden: &[u32], how: &Row, top_p: f64) -> Vec<(usize,
     let allowed = || (0..logits.len()).filter(|&i| !is_forbidden(forbidden, i));
     let top = allowed().map(|i| logits[i]).fold(f32::MIN, f32::max);
     let mut p: Vec<(usize, f64)> = allowed().map(|i| (i, (f64::from(logits[i] - top) / t).exp())).collect();
-    p.sort_by(|a, b| logits[b.0].total_cmp(&logits[a.0]).then(a.0.cmp(&b.0)));
+    let logit = |i: usize| logits[i] + 0.0; // -0 is 0
+    p.sort_by(|a, b| logit(b.0).total_cmp(&logit(a.0)).then(a.0.cmp(&b.0)));
     if how.temperature <= 0.0 {
         p.truncate(1);
     }

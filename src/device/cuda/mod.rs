@@ -5,7 +5,7 @@
 mod blas;
 mod queue;
 
-pub(super) use queue::{Queue, Staged};
+pub(super) use queue::{Graph, Queue, Staged};
 
 use super::gpu::{Launch, TensorMap};
 use super::{Buffer, DType};

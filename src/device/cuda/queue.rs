@@ -32,6 +32,23 @@ struct Block {
 // SAFETY: memory and an event that one owner has.
 unsafe impl Send for Block {}
 
+/// Launches that a card submits together.
+pub(in crate::device) struct Graph {
+    exec: sys::CUgraphExec,
+    card: Arc<Cuda>,
+}
+// SAFETY: as `Cuda`.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.card.enter().is_ok() {
+            // SAFETY: nobody else has it; a replay under way ends before it is freed.
+            let _ = unsafe { result::graph::exec_destroy(self.exec) };
+        }
+    }
+}
+
 /// Values on their way from the card.
 pub(in crate::device) struct Staged {
     block: Option<Block>,
@@ -116,6 +133,34 @@ impl Queue {
         };
         let staged = Staged { block: Some(block), queue: self.clone(), len: bytes };
         sent.map_err(|e| failed("copy from the card", e)).map(|()| staged)
+    }
+
+    /// From here on launches are noted instead of run.
+    pub fn begin_capture(&self) -> Result<()> {
+        self.card.enter()?;
+        // Relaxed: what other threads do meanwhile on other streams is none of its business.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream lives.
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(|e| failed("begin a graph", e))
+    }
+
+    /// What was noted since [`begin_capture`](Self::begin_capture).
+    pub fn end_capture(&self) -> Result<Graph> {
+        self.card.enter()?;
+        // SAFETY: the stream lives; the graph is destroyed below, after what was made of it.
+        unsafe {
+            let graph = result::stream::end_capture(self.stream).map_err(|e| failed("end a graph", e))?;
+            let exec = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let _ = result::graph::destroy(graph);
+            Ok(Graph { exec: exec.map_err(|e| failed("make a graph", e))?, card: self.card.clone() })
+        }
+    }
+
+    /// Submits a graph of this card.
+    pub fn replay(&self, graph: &Graph) -> Result<()> {
+        self.card.enter()?;
+        // SAFETY: both live; the buffers of its launches are held by whoever replays it.
+        unsafe { result::graph::launch(graph.exec, self.stream) }.map_err(|e| failed("run a graph", e))
     }
 
     /// Waits for all that was submitted.

@@ -1,7 +1,7 @@
 //! Sequences packed into one training pass: no padding, and the completions of a group share their prompt's rows.
 
 use super::BatchSize;
-use crate::device::{Device, Stream};
+use crate::device::{Device, Input, Stream};
 use crate::input::{Image, ImageHash, Prompt};
 use crate::model::positions::{self, Positions, Span};
 use crate::model::{Config, StepBatch, StepInput, StepLimits};
@@ -44,6 +44,8 @@ pub struct TrainBatch {
 #[derive(Default)]
 struct Layout {
     input: StepInput,
+    /// Pages of the longest segment.
+    widest: usize,
     blocks: u32,
     images: Vec<Arc<Image>>,
     /// First row of an image in the vision output.
@@ -81,8 +83,8 @@ impl Layout {
         let at = |token: usize| table[token / BLOCK] * BLOCK as u32 + (token % BLOCK) as u32;
         self.input.slots.extend((context..context + text.tokens.len()).map(at));
         self.input.cu_seqlens_q.push(self.input.ids.len() as u32);
-        self.input.kv_lens.push((context + text.tokens.len()) as u32);
-        self.input.block_tables.push(table);
+        self.widest = self.widest.max(table.len());
+        self.input.push_table(context + text.tokens.len(), &table);
         end
     }
 }
@@ -124,16 +126,18 @@ impl TrainBatch {
             }
             placed.push(at);
         }
-        let widest = l.input.block_tables.iter().map(Vec::len).max().unwrap_or(1);
         let limits = StepLimits {
             tokens: l.input.ids.len(),
             segments: l.input.kv_lens.len(),
-            blocks_per_segment: widest,
+            blocks_per_segment: l.widest,
             logits: 0,
         };
         let mut step = StepBatch::new(device, &limits);
-        step.upload(s, &l.input);
-        step.copies = copies.into_iter().map(|(row, n, slots)| (row, n, device.upload(&slots))).collect();
+        let slots: Vec<Input> =
+            step.upload_with(s, &l.input, None, |i| copies.iter().map(|(.., slots)| i.put_all(slots)).collect());
+        step.copies = copies.iter().zip(slots).map(|(&(row, n, _), slots)| (row, n, step.added(slots))).collect();
+        // Every segment has the row of its own number.
+        step.segments.table_rows = None;
         Ok(TrainBatch {
             step,
             patches: l.images.iter().map(|i| i.grid.patches()).sum(),

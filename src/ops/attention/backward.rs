@@ -102,7 +102,7 @@ impl Backward<'_> {
             let mut seen: HashMap<usize, (usize, usize)> = HashMap::new();
             for (i, s) in segments.iter().enumerate() {
                 for block in 0..s.kv_len.div_ceil(BLOCK) {
-                    let (first, place) = *seen.entry(self.call.source.page(i, block)).or_insert((i, block));
+                    let (first, place) = *seen.entry(self.call.source.page(s, block)).or_insert((i, block));
                     tangled |= place / PAGES != block / PAGES;
                     let (a, b) = (root(&mut parent, first), root(&mut parent, i));
                     parent[a.max(b)] = a.min(b);
@@ -191,7 +191,7 @@ impl Backward<'_> {
         }
         // SAFETY: scratch parts are disjoint; the rest by contract.
         unsafe {
-            let view = source.cut(h, seg, m, head, cut, s.pack);
+            let view = source.cut(h, seg, head, cut, s.pack);
             let (mut dk, mut dv) = ([std::ptr::null_mut(); PAGES], [std::ptr::null_mut(); PAGES]);
             for page in 0..view.len.div_ceil(BLOCK) {
                 let n = (view.len - page * BLOCK).min(BLOCK);
@@ -201,7 +201,7 @@ impl Backward<'_> {
                 transpose(view.values[page], h.padded, n, h.hd, s.values.add(page * BLOCK * h.hd), BLOCK);
                 (dk[page], dv[page]) = match source {
                     Source::Pages { .. } => {
-                        let at = (source.page(m, cut * PAGES + page) * h.hkv + head) * BLOCK;
+                        let at = (source.page(seg, cut * PAGES + page) * h.hkv + head) * BLOCK;
                         (self.dk.get().add(at * h.hd), self.dv.get().add(at * h.padded))
                     }
                     Source::Rows { .. } => (s.dk.add(page * BLOCK * h.hd), s.dv.add(page * BLOCK * h.padded)),

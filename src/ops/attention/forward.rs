@@ -153,7 +153,7 @@ impl Forward<'_> {
         let h = &self.call.heads;
         match self.call.source {
             Source::Pages { k, .. } => {
-                let page = self.call.source.page(t.s, cut * PAGES);
+                let page = self.call.source.page(&self.call.segments[t.s], cut * PAGES);
                 k.as_ptr().wrapping_add((page * h.hkv + t.head) * h.hd * BLOCK)
             }
             Source::Rows { .. } => std::ptr::null(),
@@ -169,7 +169,7 @@ impl Forward<'_> {
             let scores = scratch.add(h.tile_rows() * h.padded);
             let limits = scores.add(h.tile_rows() * KV_CUT).cast::<u32>();
             let pack = limits.add(h.tile_rows()).cast::<f32>();
-            let view = source.cut(h, seg, t.s, t.head, cut, pack);
+            let view = source.cut(h, seg, t.head, cut, pack);
             let limits = std::slice::from_raw_parts_mut(limits, rows);
             t.limits(h, seg, cut, limits);
             for page in 0..PAGES {

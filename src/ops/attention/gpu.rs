@@ -94,7 +94,7 @@ impl Paged {
         }
         let lse = Arg::maybe(lse, DType::F32);
         let mut args = self.args(q, q_stride).to_vec();
-        args.extend([Arg::Buffer(out), lse]);
+        args.extend([Arg::maybe(s.table_rows.as_ref(), DType::U32), Arg::Buffer(out), lse]);
         let rows = s.rows * heads.group;
         if rows > DECODE_TILE * s.n {
             let launch = grid(rows, TILE, s.n, heads.hkv, shared(2 * KV_CUT + TILE, heads));
@@ -141,6 +141,7 @@ impl Paged {
     ) {
         let (s, heads) = (&self.segments, &self.heads);
         let Given { out, lse, dout } = *given;
+        assert!(s.table_rows.is_none(), "the gradients' kernels take block tables in the order of the segments");
         check(heads, s.rows, q_stride, &[q, dq], &[out, dout], &[lse]);
         if s.rows == 0 || !served(gpu, heads) {
             return;

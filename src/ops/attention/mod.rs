@@ -39,8 +39,10 @@ pub struct Segments {
     pub cu_seqlens_q: Buffer,
     /// u32 `[n]`: tokens of context, the segment's own queries included.
     pub kv_lens: Buffer,
-    /// u32 `[n, stride]`: the pages of each segment in order; `kv_len / BLOCK` of them, rounded up, are read.
+    /// u32 `[_, stride]`: the pages of each segment in order; `kv_len / BLOCK` of them, rounded up, are read.
     pub block_tables: Buffer,
+    /// u32 `[n]`: which row of the block tables is each segment's. `None`: its own number.
+    pub table_rows: Option<Buffer>,
     /// Entries of a segment's block table.
     pub stride: usize,
     /// Segments.
@@ -77,10 +79,12 @@ impl Paged {
     /// # Safety
     /// As [`Buffer::get`].
     unsafe fn segments(&self, rows: usize) -> Vec<Segment> {
-        let Segments { cu_seqlens_q, kv_lens, block_tables, stride, n, .. } = &self.segments;
+        let Segments { cu_seqlens_q, kv_lens, block_tables, table_rows, stride, n, .. } = &self.segments;
         // SAFETY: by contract.
         let (cu, kv_lens, tables) =
             unsafe { (cu_seqlens_q.get::<u32>(), kv_lens.get::<u32>(), block_tables.get::<u32>()) };
+        // SAFETY: by contract.
+        let table_rows = table_rows.as_ref().map(|b| unsafe { b.get::<u32>() });
         let mut segments = Vec::with_capacity(*n);
         for (i, (cu, &kv_len)) in cu[..=*n].windows(2).zip(&kv_lens[..*n]).enumerate() {
             let (from, to, kv_len) = (cu[0] as usize, cu[1] as usize, kv_len as usize);
@@ -89,13 +93,14 @@ impl Paged {
                 "segment {i}: queries {from}..{to} of {rows}, {kv_len} keys"
             );
             assert!(kv_len <= stride * BLOCK, "segment {i}: {kv_len} keys in a table of {stride} pages");
-            let table = &tables[i * stride..][..kv_len.div_ceil(BLOCK)];
+            let table_row = table_rows.map_or(i, |rows| rows[i] as usize);
+            let table = &tables[table_row * stride..][..kv_len.div_ceil(BLOCK)];
             assert!(
                 table.iter().all(|&p| (p as usize) < self.pages),
                 "segment {i}: a page past the cache's {}",
                 self.pages
             );
-            segments.push(Segment { q_row: from, q_len: to - from, kv_len, causal: true });
+            segments.push(Segment { q_row: from, q_len: to - from, kv_len, table_row, causal: true });
         }
         segments
     }
@@ -118,7 +123,7 @@ fn read_windows(cu_seqlens: &[u32], rows: usize, causal: bool) -> Vec<Segment> {
         .map(|w| {
             let (from, to) = (w[0] as usize, w[1] as usize);
             assert!(from <= to && to <= rows, "window {from}..{to} of {rows} rows");
-            Segment { q_row: from, q_len: to - from, kv_len: to - from, causal }
+            Segment { q_row: from, q_len: to - from, kv_len: to - from, table_row: 0, causal }
         })
         .collect()
 }

@@ -99,6 +99,7 @@ impl World {
     }
 
     /// `parts`: (sequence, from, to): queries `from..to` with the context up to `to`.
+    /// The block tables lie in the opposite order, and the segments name their rows.
     fn segments(&self, d: &Device, parts: &[(usize, usize, usize)]) -> Segments {
         let stride = self.seqs.iter().map(|s| s.table.len()).max().unwrap() + 1;
         let mut cu = vec![0u32];
@@ -107,13 +108,14 @@ impl World {
         for (i, &(seq, from, to)) in parts.iter().enumerate() {
             cu.push(cu[i] + (to - from) as u32);
             let n = to.div_ceil(BLOCK);
-            tables[i * stride..][..n].copy_from_slice(&self.seqs[seq].table[..n]);
+            tables[(parts.len() - 1 - i) * stride..][..n].copy_from_slice(&self.seqs[seq].table[..n]);
         }
         let kv: Vec<u32> = parts.iter().map(|p| p.2 as u32).collect();
         Segments {
             cu_seqlens_q: d.upload(&cu),
             kv_lens: d.upload(&kv),
             block_tables: d.upload(&tables),
+            table_rows: Some(d.upload(&(0..parts.len() as u32).rev().collect::<Vec<_>>())),
             stride,
             n: parts.len(),
             rows: *cu.last().unwrap() as usize,

@@ -53,6 +53,8 @@ pub(super) struct Segment {
     pub q_row: usize,
     pub q_len: usize,
     pub kv_len: usize,
+    /// Its row of the block tables, where keys and values are in pages.
+    pub table_row: usize,
     pub causal: bool,
 }
 
@@ -71,7 +73,7 @@ impl Segment {
 /// Where keys and values are.
 #[derive(Clone, Copy)]
 pub(super) enum Source<'a> {
-    /// In pages, through a block table of `stride` entries per segment.
+    /// In pages, through block tables of `stride` entries.
     Pages { k: &'a [f32], v: &'a [f32], tables: &'a [u32], stride: usize },
     /// In the rows of the queries, at these columns.
     Rows { x: &'a [f32], row: usize, k: usize, v: usize },
@@ -97,33 +99,25 @@ impl Source<'_> {
         }
     }
 
-    /// The page of logical block `block` of segment `s`.
-    pub(super) fn page(&self, s: usize, block: usize) -> usize {
+    /// The page of logical block `block` of a segment.
+    pub(super) fn page(&self, segment: &Segment, block: usize) -> usize {
         match self {
-            Source::Pages { tables, stride, .. } => tables[s * stride + block] as usize,
+            Source::Pages { tables, stride, .. } => tables[segment.table_row * stride + block] as usize,
             Source::Rows { .. } => block,
         }
     }
 
-    /// The keys and values of cut `cut` of segment `s`, for one head.
+    /// The keys and values of cut `cut` of a segment, for one head.
     ///
     /// # Safety
     /// `scratch` has [`Source::scratch`] floats, which the result may point into; tables, lengths and rows are in bounds.
-    pub(super) unsafe fn cut(
-        &self,
-        h: &Heads,
-        seg: &Segment,
-        s: usize,
-        head: usize,
-        cut: usize,
-        scratch: *mut f32,
-    ) -> Cut {
+    pub(super) unsafe fn cut(&self, h: &Heads, seg: &Segment, head: usize, cut: usize, scratch: *mut f32) -> Cut {
         let len = (seg.kv_len - cut * KV_CUT).min(KV_CUT);
         let mut c = Cut { keys: [std::ptr::null(); PAGES], values: [std::ptr::null(); PAGES], len };
         for p in 0..len.div_ceil(BLOCK) {
             match *self {
                 Source::Pages { k, v, .. } => {
-                    let at = self.page(s, cut * PAGES + p) * h.hkv + head;
+                    let at = self.page(seg, cut * PAGES + p) * h.hkv + head;
                     c.keys[p] = k[at * h.hd * BLOCK..][..h.hd * BLOCK].as_ptr();
                     c.values[p] = v[at * h.padded * BLOCK..][..h.padded * BLOCK].as_ptr();
                 }
