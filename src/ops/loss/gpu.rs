@@ -6,7 +6,7 @@
 
 use super::super::softmax::{self, block_count};
 use super::{Outputs, Terms};
-use crate::device::{Arg, Buffer, DType, Device, Gpu, Launch};
+use crate::device::{Arg, Buffer, DType, Gpu, Input, Inputs, Launch};
 
 /// Threads of the kernels that give a warp to each run, and how many they are.
 const THREADS: usize = 128;
@@ -18,22 +18,28 @@ const GRADIENT_THREADS: usize = 512;
 pub(super) struct Runs {
     /// Distinct row u's runs are `row_start[u]..row_start[u + 1]`.
     row_start: Vec<u32>,
-    on_device: OnDevice,
+    lists: Lists<Buffer>,
+}
+
+/// [`Runs`] whose lists are still to be sent.
+pub(super) struct Unsent {
+    row_start: Vec<u32>,
+    lists: Lists<Input>,
 }
 
 /// What kernels read, u32 but for the temperatures.
-struct OnDevice {
-    row_start: Buffer,
+struct Lists<T> {
+    row_start: T,
     /// Of each run: the distinct row, the temperature, where its entries begin in `order`.
-    row: Buffer,
-    temperature: Buffer,
-    start: Buffer,
-    order: Buffer,
+    row: T,
+    temperature: T,
+    start: T,
+    order: T,
 }
 
 impl Runs {
     /// Of entries in `order`, those of distinct row u being `order[start[u]..start[u + 1]]`.
-    pub fn new(device: &Device, start: &[u32], order: &[u32], temperature: &[f32]) -> Runs {
+    pub fn put(inputs: &mut Inputs, start: &[u32], order: &[u32], temperature: &[f32]) -> Unsent {
         let (mut row, mut run_temperature, mut run_start) = (vec![], vec![], vec![]);
         let mut row_start = vec![0];
         for (u, bounds) in start.windows(2).enumerate() {
@@ -49,14 +55,14 @@ impl Runs {
             row_start.push(row.len() as u32);
         }
         run_start.push(order.len() as u32);
-        let on_device = OnDevice {
-            row_start: device.upload(&row_start),
-            row: device.upload(&row),
-            temperature: device.upload(&run_temperature),
-            start: device.upload(&run_start),
-            order: device.upload(order),
+        let lists = Lists {
+            row_start: inputs.put_all(&row_start),
+            row: inputs.put_all(&row),
+            temperature: inputs.put_all(&run_temperature),
+            start: inputs.put_all(&run_start),
+            order: inputs.put_all(order),
         };
-        Runs { row_start, on_device }
+        Unsent { row_start, lists }
     }
 
     /// Submits the first pass over the logits `[m, v]` of the `m` distinct rows from `first` on.
@@ -71,7 +77,7 @@ impl Runs {
     ) -> Chunk<'a> {
         let first_run = self.row_start[first] as usize;
         let runs = self.row_start[first + m] as usize - first_run;
-        let (all, blocks) = (&self.on_device, block_count(v));
+        let (all, blocks) = (&self.lists, block_count(v));
         let moments = if entropy { runs * blocks } else { 0 };
         let [sums, moments, run_gradient, entry_gradient] = gpu.scratch([
             (DType::F32, runs * blocks * 2),
@@ -101,6 +107,21 @@ impl Runs {
             m,
             v,
         }
+    }
+}
+
+impl Unsent {
+    /// The runs, now that `inputs` has been sent.
+    pub fn sent(self, inputs: &Inputs) -> Runs {
+        let Lists { row_start, row, temperature, start, order } = self.lists;
+        let lists = Lists {
+            row_start: inputs.get(row_start),
+            row: inputs.get(row),
+            temperature: inputs.get(temperature),
+            start: inputs.get(start),
+            order: inputs.get(order),
+        };
+        Runs { row_start: self.row_start, lists }
     }
 }
 

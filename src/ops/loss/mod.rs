@@ -19,7 +19,7 @@ use super::linear::{self, Epilogue, Weight};
 use super::rows;
 use super::simd::{exp, madd, multiversion};
 use super::softmax::{self, BLOCK, GROUP, LogSumExp, allowed, forbidden_words, is_forbidden, log_sum_exp};
-use crate::device::{Backend, Buffer, DType, Device, SendPtr, Stream};
+use crate::device::{Backend, Buffer, DType, Device, Inputs, SendPtr, Stream};
 
 /// Most rows of a chunk, whatever the budget: more make the products no faster.
 const MAX_CHUNK: usize = 1024;
@@ -34,7 +34,8 @@ pub struct LossRows {
     order: std::sync::Arc<Vec<u32>>,
     targets: Buffer,
     temperature: Buffer,
-    runs: gpu::Runs,
+    /// What a GPU's kernels go by.
+    runs: Option<gpu::Runs>,
 }
 
 impl LossRows {
@@ -53,14 +54,22 @@ impl LossRows {
             }
         }
         start.push(n as u32);
+        let mut inputs = Inputs::new(device, 0);
+        let [unique, targets] = [&unique, targets].map(|list| inputs.put_all(list));
+        let listed = inputs.put_all(temperature);
+        let runs = (!device.packs_weights()).then(|| gpu::Runs::put(&mut inputs, &start, &order, temperature));
+        let s = device.stream();
+        inputs.send(&s);
+        // Other streams may read the lists at once. A failure is kept.
+        let _ = s.synchronize();
         LossRows {
             n,
-            unique: device.upload(&unique),
-            runs: gpu::Runs::new(device, &start, &order, temperature),
+            unique: inputs.get(unique),
+            runs: runs.map(|runs| runs.sent(&inputs)),
             start: start.into(),
             order: order.into(),
-            targets: device.upload(targets),
-            temperature: device.upload(temperature),
+            targets: inputs.get(targets),
+            temperature: inputs.get(listed),
         }
     }
 
@@ -68,6 +77,10 @@ impl LossRows {
     #[allow(clippy::len_without_is_empty)] // nobody asks whether it is empty
     pub fn len(&self) -> usize {
         self.n
+    }
+
+    fn runs(&self) -> &gpu::Runs {
+        self.runs.as_ref().expect("entries that were made for a GPU")
     }
 
     /// Number of distinct rows: what goes through the head.
@@ -211,7 +224,7 @@ pub fn logprobs(
                 });
             }),
             Backend::Gpu(gpu) => {
-                let chunk = entries.runs.chunk(gpu, &logits, &forbidden, (first, m), v, entropy.is_some());
+                let chunk = entries.runs().chunk(gpu, &logits, &forbidden, (first, m), v, entropy.is_some());
                 chunk.logprobs(&targets, &logp, entropy.as_ref());
             }
         }
@@ -294,7 +307,7 @@ pub fn forward_backward(
                 }
             }
             Backend::Gpu(gpu) => {
-                let chunk = entries.runs.chunk(gpu, &logits, &forbidden, (first, m), v, true);
+                let chunk = entries.runs().chunk(gpu, &logits, &forbidden, (first, m), v, true);
                 let gradient = chunk.forward_backward(&terms, &targets, &weight, &results);
                 gpu.matmul_strided(&gradient, 2 * v, false, &head.data, &ws.dhidden, [m, h, v], false);
                 if let Some(dhead) = dhead {
