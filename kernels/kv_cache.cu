@@ -3,11 +3,9 @@
 // Keys and values lie alike, [blocks, kv_heads, BLOCK, head_dim]; a slot is block * BLOCK + offset. A row holds a token's keys
 // ([kv_heads, head_dim]) from column `k_offset` and its values from column `v_offset`. A token whose slot is 2^32 - 1 is
 // left out.
-#include "include/vectors.cuh"
+#include "include/pages.cuh"
 
 constexpr int THREADS = 256;
-constexpr unsigned BLOCK = 32;      // tokens of a page
-constexpr unsigned NO_SLOT = ~0u;
 
 // ---- kernels ----
 
@@ -20,11 +18,6 @@ struct Part {
 __device__ __forceinline__ Part this_part(int kv_heads, int head_dim) {
   const auto [i, column] = this_vector<THREADS>(head_dim);
   return {i / kv_heads, i % kv_heads, column};
-}
-
-// Where that head of the token at `slot` begins in the pages.
-__device__ __forceinline__ size_t in_pages(unsigned slot, unsigned head, int kv_heads, int head_dim) {
-  return ((static_cast<size_t>(slot / BLOCK) * kv_heads + head) * BLOCK + slot % BLOCK) * head_dim;
 }
 
 template <class T>

@@ -4,7 +4,7 @@
 //
 // An angle is an f32 product, and its cosine and sine are those of the rounded product, as the reference model was trained:
 // at large positions the rounding is what decides them.
-#include "include/vectors.cuh"
+#include "include/pages.cuh"
 
 constexpr int THREADS = 256;
 constexpr int TABLE_THREADS = 128;
@@ -58,6 +58,16 @@ rope_tables(const unsigned* positions,
 }
 KERNEL(rope_tables, TABLE_THREADS);
 
+// Turns eight pairs (a[j], b[j]).
+__device__ __forceinline__ void turn(float (&a)[8], float (&b)[8], const float (&cosine)[8], const float (&sine)[8], float sign) {
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const float s = sine[j] * sign, turned = fmaf(a[j], cosine[j], -(b[j] * s));
+    b[j] = fmaf(b[j], cosine[j], a[j] * s);
+    a[j] = turned;
+  }
+}
+
 // Turns `heads` heads of 2 pairs elements, side by side from column `offset` of each row, in place; `sign` -1 turns back. A
 // thread takes eight pairs of a head. Grid: rows * heads * ceil(pairs / 8) threads.
 GLOBAL void __launch_bounds__(THREADS)
@@ -78,13 +88,46 @@ rope_rotate(bf16* x,               // [rows, stride]
   load8(sine, sines + table, c, pairs, aligned_tables);
   load8(a, head, c, pairs, aligned);
   load8(b, head + pairs, c, pairs, aligned);
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    const float s = sine[j] * sign, turned = fmaf(a[j], cosine[j], -(b[j] * s));
-    b[j] = fmaf(b[j], cosine[j], a[j] * s);
-    a[j] = turned;
-  }
+  turn(a, b, cosine, sine, sign);
   store8(head, c, pairs, aligned, a);
   store8(head + pairs, c, pairs, aligned, b);
 }
 KERNEL(rope_rotate, THREADS);
+
+// rope_rotate and kv_cache_write in one pass: turns the query and key heads of each row in place, and puts keys and values into
+// their pages. A row is `heads` query heads, kv_heads of keys, kv_heads of values, 2 pairs elements each. A token whose slot is
+// 2^32 - 1 has no page. Grid: rows * (heads + 2 kv_heads) * ceil(pairs / 8) threads.
+GLOBAL void __launch_bounds__(THREADS)
+rope_into_pages(bf16* x,                      // [rows, (heads + 2 kv_heads) 2 pairs]
+                const float* cosines,         // [rows, pairs]
+                const float* sines,           // [rows, pairs]
+                const unsigned* slots,        // [rows]
+                bf16* keys, bf16* values,     // pages
+                int rows, int heads, int kv_heads, int pairs) {
+  const auto [i, c] = this_vector<THREADS>(pairs);
+  const int all = heads + 2 * kv_heads, head_dim = 2 * pairs;
+  const unsigned row = i / all;
+  if (row >= static_cast<unsigned>(rows)) return;
+  const int head = i % all, kv_head = head < heads + kv_heads ? head - heads : head - heads - kv_heads;
+  const bool whole = pairs % 8 == 0, aligned = whole && aligned16(x);
+  bf16* at = x + static_cast<size_t>(i) * head_dim;
+  float a[8], b[8];
+  load8(a, at, c, pairs, aligned);
+  load8(b, at + pairs, c, pairs, aligned);
+  if (head < heads + kv_heads) {
+    const bool aligned_tables = whole && aligned16(cosines) && aligned16(sines);
+    const size_t table = static_cast<size_t>(row) * pairs;
+    float cosine[8], sine[8];
+    load8(cosine, cosines + table, c, pairs, aligned_tables);
+    load8(sine, sines + table, c, pairs, aligned_tables);
+    turn(a, b, cosine, sine, 1.0f);
+    store8(at, c, pairs, aligned, a);
+    store8(at + pairs, c, pairs, aligned, b);
+  }
+  if (kv_head < 0 || slots[row] == NO_SLOT) return;
+  bf16* page = (head < heads + kv_heads ? keys : values) + in_pages(slots[row], kv_head, kv_heads, head_dim);
+  const bool aligned_pages = whole && aligned16(keys) && aligned16(values);
+  store8(page, c, pairs, aligned_pages, a);
+  store8(page + pairs, c, pairs, aligned_pages, b);
+}
+KERNEL(rope_into_pages, THREADS);

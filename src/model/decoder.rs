@@ -280,9 +280,14 @@ pub(super) fn rope_tables(s: &Stream, c: &Config, b: &StepBatch, r: &Rope) {
     rope::mrope_tables(s, &b.positions, c.mrope_section, c.rope_theta, c.head_dim(), &r.cos, &r.sin, b.tokens);
 }
 
-/// Keys and values of this step into their pages.
+/// Keys and values of this step into their pages: `qkv` as a layer leaves it.
 pub(super) fn write_pages(s: &Stream, shape: &LayerShape, b: &StepBatch, qkv: &Buffer, cache: &KvCache, kv: &KvLayer) {
     kv_cache::write(s, kv, cache, shape.kv_tokens(qkv, &b.slots, b.tokens));
+    write_copies(s, shape, b, qkv, cache, kv);
+}
+
+/// The keys and values that more pages than one hold.
+fn write_copies(s: &Stream, shape: &LayerShape, b: &StepBatch, qkv: &Buffer, cache: &KvCache, kv: &KvLayer) {
     for (first, n, slots) in &b.copies {
         let from = qkv.view(first * shape.qkv_width(), n * shape.qkv_width());
         kv_cache::write(s, kv, cache, shape.kv_tokens(&from, slots, *n));
@@ -303,8 +308,10 @@ pub(super) fn layer(
     a: &LayerActs,
     out: Option<&Buffer>,
 ) {
-    layer::before_attention(s, shape, p, rope, x, a, b.tokens);
-    write_pages(s, shape, b, &a.qkv, cache, kv);
+    layer::before_rope(s, shape, p, x, a, b.tokens);
+    let tokens = shape.kv_tokens(&a.qkv, &b.slots, b.tokens);
+    kv_cache::rotate_and_write(s, kv, cache, tokens, shape.heads, &rope.cos, &rope.sin);
+    write_copies(s, shape, b, &a.qkv, cache, kv);
     attention::paged_forward(
         s,
         &a.qkv,

@@ -130,23 +130,14 @@ impl LayerActs {
     }
 }
 
-/// From the layer's input to rotated queries and keys.
-pub fn before_attention(
-    s: &Stream,
-    shape: &LayerShape,
-    p: &LayerParams,
-    rope: &Rope,
-    x: &Buffer,
-    a: &LayerActs,
-    rows: usize,
-) {
+/// From the layer's input to queries, keys and values, which are still to be turned.
+pub fn before_rope(s: &Stream, shape: &LayerShape, p: &LayerParams, x: &Buffer, a: &LayerActs, rows: usize) {
     rms_norm::forward(s, x, &p.norm1, shape.eps, &a.normed1, rows, shape.hidden);
     linear::forward(s, &a.normed1, &p.qkv, Epilogue::Bias(&p.qkv_bias), &a.qkv, rows);
-    rotate(s, shape, rope, &a.qkv, rows, false);
 }
 
 /// Turns queries and keys, which are neighbours in a row.
-fn rotate(s: &Stream, shape: &LayerShape, r: &Rope, qkv: &Buffer, rows: usize, inverse: bool) {
+pub fn rotate(s: &Stream, shape: &LayerShape, r: &Rope, qkv: &Buffer, rows: usize, inverse: bool) {
     let heads = shape.heads + shape.kv_heads;
     rope::rotate(s, qkv, shape.qkv_width(), 0, heads, shape.head_dim, &r.cos, &r.sin, rows, inverse);
 }
@@ -222,7 +213,7 @@ pub fn backward_after_attention(
     linear::backward_input(s, dx, &p.out, &d.attn, rows, false);
 }
 
-/// The mirror of [`before_attention`]: `d.qkv` holds the gradient of the rotated projections; adds what comes through them
+/// The mirror of [`before_rope`] and [`rotate`]: `d.qkv` holds the gradient of the rotated projections; adds what comes through them
 /// to `dx`, which then is the gradient of the layer's input `x`.
 pub fn backward_before_attention(
     s: &Stream,

@@ -178,7 +178,8 @@ pub(super) fn block(
     out: Option<&Buffer>,
     patches: usize,
 ) {
-    layer::before_attention(s, shape, p, rope, x, a, patches);
+    layer::before_rope(s, shape, p, x, a, patches);
+    layer::rotate(s, shape, rope, &a.qkv, patches, false);
     attention::varlen_forward(
         s,
         &a.qkv,

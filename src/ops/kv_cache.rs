@@ -11,6 +11,7 @@
 //! token was written to may hold anything; nothing reads them.
 
 use super::linear::transpose::transpose;
+use super::rope;
 use super::rows::eights;
 use crate::device::{Arg, Backend, Buffer, DType, Device, Gpu, Launch, Pool, SendPtr, Stream};
 
@@ -199,6 +200,44 @@ pub fn write(s: &Stream, layer: &KvLayer, cache: &KvCache, tokens: Tokens<'_>) {
             });
         }),
         Backend::Gpu(gpu) => m.launch(gpu, "kv_cache_write", [&m.rows, &m.slots, &m.layer.k, &m.layer.v]),
+    }
+}
+
+/// [`rope::rotate`] of the queries and keys of tokens, in place, and [`write()`] of the turned keys and the values: on a GPU in one
+/// pass. A row is `heads` heads of queries, then keys, then values; `cos` and `sin`: f32 `[n, head_dim / 2]`.
+pub fn rotate_and_write(
+    s: &Stream,
+    layer: &KvLayer,
+    cache: &KvCache,
+    tokens: Tokens<'_>,
+    heads: usize,
+    cos: &Buffer,
+    sin: &Buffer,
+) {
+    let (Tokens { rows, stride, k, v, n, .. }, &KvCache { kv_heads, head_dim: hd, .. }) = (tokens, cache);
+    assert_eq!(
+        (k, v, stride),
+        (heads * hd, (heads + kv_heads) * hd, (heads + 2 * kv_heads) * hd),
+        "rows of {heads} heads of queries and {kv_heads} each of keys and values"
+    );
+    match s.backend() {
+        Backend::Cpu(_) => {
+            rope::rotate(s, rows, stride, 0, heads + kv_heads, hd, cos, sin, n, false);
+            write(s, layer, cache, tokens);
+        }
+        Backend::Gpu(gpu) => {
+            let (m, pairs) = (Move::new(layer, cache, tokens), hd / 2);
+            assert!(
+                hd.is_multiple_of(2) && cos.len() >= n * pairs && sin.len() >= n * pairs,
+                "rope tables of {n} rows"
+            );
+            if n * pairs > 0 {
+                let buffers = [&m.rows, cos, sin, &m.slots, &m.layer.k, &m.layer.v].map(Arg::Buffer);
+                let sizes = [n, heads, kv_heads, pairs].map(Arg::len);
+                let shape = eights(n * (heads + 2 * kv_heads), pairs);
+                gpu.launch("rope_into_pages", shape, &[&buffers[..], &sizes].concat());
+            }
+        }
     }
 }
 

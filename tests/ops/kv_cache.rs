@@ -3,7 +3,8 @@
 use super::{Noise, devices, read};
 use half::bf16;
 use varft::device::DType;
-use varft::ops::kv_cache::{BLOCK, KvCache, NO_SLOT, Tokens, add_block, copy_block, gather, write};
+use varft::ops::kv_cache::{BLOCK, KvCache, NO_SLOT, Tokens, add_block, copy_block, gather, rotate_and_write, write};
+use varft::ops::rope::rotate;
 
 /// Where slots lie: in a row over the ends of pages, backwards, scattered, in runs that break.
 const ORDERS: [fn(usize) -> usize; 4] = [|i| i + 21, |i| 127 - i, |i| i * 37 % 128, |i| (i / 5 * 15 + i % 5) % 128];
@@ -52,6 +53,35 @@ fn every_element_goes_where_the_layout_says_and_comes_back() {
                 want[i * stride + v + c] = bf16::from_f32(gv[in_pages(i, c)]);
             }
             assert_eq!(read::<bf16>(&s, &rows), want, "gradients of {what}");
+        }
+    }
+}
+
+#[test]
+fn turning_and_writing_at_once_gives_the_bits_of_one_after_the_other() {
+    let mut rng = Noise::fresh();
+    for d in devices() {
+        let s = d.stream();
+        for (t, heads, kv_heads, hd) in [(40, 4, 2, 128), (1, 2, 1, 16), (33, 3, 3, 80), (21, 2, 1, 18), (0, 1, 1, 16)]
+        {
+            let (stride, what) = ((heads + 2 * kv_heads) * hd, format!("{d:?}, {t} tokens, {heads} heads of {hd}"));
+            let x = rng.bf16s(t * stride, 1.0);
+            let angles: Vec<f32> = rng.f32s(t * hd / 2, 3.0);
+            let [cos, sin] = [f32::cos, f32::sin].map(|f| d.upload(&angles.iter().map(|&a| f(a)).collect::<Vec<_>>()));
+            // The last token has no place.
+            let slots: Vec<u32> = (0..t).map(|i| if i + 1 == t { NO_SLOT } else { (i * 37 % 128) as u32 }).collect();
+            let slots = d.upload(&slots);
+            let (together, apart) = (d.upload(&x), d.upload(&x));
+            let cache = || KvCache::new(&d, DType::BF16, 1, BLOCKS, kv_heads, hd);
+            let (one, other) = (cache(), cache());
+            let tokens = |rows| Tokens { rows, stride, k: heads * hd, v: (heads + kv_heads) * hd, slots: &slots, n: t };
+            rotate_and_write(&s, &one.layers[0], &one, tokens(&together), heads, &cos, &sin);
+            rotate(&s, &apart, stride, 0, heads + kv_heads, hd, &cos, &sin, t, false);
+            write(&s, &other.layers[0], &other, tokens(&apart));
+            let bits = |b| read::<bf16>(&s, b).iter().map(|x| x.to_bits()).collect::<Vec<u16>>();
+            assert_eq!(bits(&together), bits(&apart), "rows of {what}");
+            assert_eq!(bits(&one.layers[0].k), bits(&other.layers[0].k), "keys of {what}");
+            assert_eq!(bits(&one.layers[0].v), bits(&other.layers[0].v), "values of {what}");
         }
     }
 }
