@@ -39,22 +39,29 @@ __device__ __forceinline__ void load_tile(bf16* tile, const bf16* matrix, int fi
   }
 }
 
-// One tile of OUTPUTS x TOKENS a block. WARPS_M x WARPS_N warps compute; all WARPS copy.
-template <int OUTPUTS, int TOKENS, int DEPTH, int STAGES, int WARPS_M, int WARPS_N, int WARPS, class T>
+// One tile of OUTPUTS x TOKENS a block. WARPS_M x WARPS_N warps compute; all WARPS copy. GATED: y [m, n] of w [2 n, k] by store_gated,
+// a tile having OUTPUTS / 2 gates and their ups.
+template <bool GATED, int OUTPUTS, int TOKENS, int DEPTH, int STAGES, int WARPS_M, int WARPS_N, int WARPS, class T>
 __device__ __forceinline__ void multiply(const bf16* w, const bf16* x, const bf16* bias, const T* residual, T* y, int m, int n, int k,
                                          int alignment) {
   constexpr int THREADS = WARPS * 32, STAGE = (OUTPUTS + TOKENS) * DEPTH, STEPS = DEPTH / 16;
   constexpr int MS = OUTPUTS / WARPS_M / 16, NS = TOKENS / WARPS_N / 8;
   static_assert(MS * WARPS_M * 16 == OUTPUTS && NS * WARPS_N * 8 == TOKENS && (NS == 1 || NS % 2 == 0), "whole fragments");
   DYNAMIC_SHARED(bf16, stages);  // [STAGES]: [OUTPUTS][DEPTH] of the weight, [TOKENS][DEPTH] of the tokens
-  const Tile at = tile_at<OUTPUTS, TOKENS>(blockIdx.x, m, n);
+  const Tile at = tile_at<GATED ? OUTPUTS / 2 : OUTPUTS, TOKENS>(blockIdx.x, m, n);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int m_warp = warp / WARPS_N * MS * 16, n_warp = warp % WARPS_N * NS * 8;
   const bool computes = warp < WARPS_M * WARPS_N;
   const int blocks = (k + DEPTH - 1) / DEPTH;
   auto load = [&](int block) {
     bf16* stage = stages + block % STAGES * STAGE;
-    load_tile<OUTPUTS, DEPTH, THREADS>(stage, w, at.output, n, block * DEPTH, k, alignment);
+    if constexpr (GATED) {
+      constexpr int HALF = OUTPUTS / 2;
+      load_tile<HALF, DEPTH, THREADS>(stage, w, at.output, n, block * DEPTH, k, alignment);
+      load_tile<HALF, DEPTH, THREADS>(stage + HALF * DEPTH, w + static_cast<size_t>(n) * k, at.output, n, block * DEPTH, k, alignment);
+    } else {
+      load_tile<OUTPUTS, DEPTH, THREADS>(stage, w, at.output, n, block * DEPTH, k, alignment);
+    }
     load_tile<TOKENS, DEPTH, THREADS>(stage + OUTPUTS * DEPTH, x, at.token, m, block * DEPTH, k, alignment);
   };
   uint32_t a[2][MS][4], b[2][NS][2];  // fragments of this step and of the next
@@ -114,7 +121,12 @@ __device__ __forceinline__ void multiply(const bf16* w, const bf16* x, const bf1
           if (computes && token >= 0 && token < STAGED) staged[token * STAGED_ROW<OUTPUTS> + output] = sums[i][j][e];
         }
     __syncthreads();
-    store_staged<OUTPUTS, STAGED, THREADS>(staged, threadIdx.x, {at.output, at.token + first}, bias, residual, y, m, n);
+    const Tile part = {at.output, at.token + first};
+    if constexpr (GATED) {
+      store_gated<OUTPUTS, STAGED, THREADS>(staged, threadIdx.x, part, bias, y, m, n);
+    } else {
+      store_staged<OUTPUTS, STAGED, THREADS>(staged, threadIdx.x, part, bias, residual, y, m, n);
+    }
   }
 }
 
@@ -127,13 +139,23 @@ __device__ __forceinline__ void multiply(const bf16* w, const bf16* x, const bf1
 #define LINEAR_MMA_TO(name, T, WARPS, ...)                                                                                    \
   GLOBAL void __launch_bounds__(WARPS * 32) name(const bf16* w, const bf16* x, const bf16* bias, const T* residual, T* y, int m, \
                                                  int n, int k, int alignment) {                                            \
-    multiply<__VA_ARGS__, WARPS, T>(w, x, bias, residual, y, m, n, k, alignment);                                           \
+    multiply<false, __VA_ARGS__, WARPS, T>(w, x, bias, residual, y, m, n, k, alignment);                                    \
   }                                                                                                                        \
   KERNEL(name, WARPS * 32);
 
-#define LINEAR_MMA(name, ...)             \
-  LINEAR_MMA_TO(name, bf16, __VA_ARGS__) \
-  LINEAR_MMA_TO(name##_f32, float, __VA_ARGS__)
+// w: [2 n, k], the gates before the ups; bias: [2 n] or null. Grid: ceil(m / TOKENS) * ceil(n / (OUTPUTS / 2)) blocks. Left alone,
+// the compiler aims at more blocks on a multiprocessor, and spills.
+#define LINEAR_MMA_GATED(name, WARPS, ...)                                                                                    \
+  GLOBAL void __launch_bounds__(WARPS * 32, 8 / WARPS) name(const bf16* w, const bf16* x, const bf16* bias, bf16* y, int m, int n, int k, \
+                                                 int alignment) {                                                          \
+    multiply<true, __VA_ARGS__, WARPS, bf16>(w, x, bias, nullptr, y, m, n, k, alignment);                                   \
+  }                                                                                                                        \
+  KERNEL(name, WARPS * 32);
+
+#define LINEAR_MMA(name, ...)                    \
+  LINEAR_MMA_TO(name, bf16, __VA_ARGS__)        \
+  LINEAR_MMA_TO(name##_f32, float, __VA_ARGS__) \
+  LINEAR_MMA_GATED(name##_gated, __VA_ARGS__)
 
 // Warps, outputs, tokens, depth of a stage, stages, warps along outputs and tokens. The sums of few tokens take no time; deep stages of
 // few outputs keep enough bytes under way, and let a weight of two thousand outputs occupy every multiprocessor.

@@ -4,6 +4,7 @@
 // few tokens waste little. An output is one f32 accumulator that takes k in ascending steps of 16 by one instruction, whose N
 // alone differs from tile to tile: a token's result is the same bits in every tile. Past the end of k operands are zero.
 #pragma once
+#include "include/swiglu.cuh"
 #include "include/vectors.cuh"
 
 struct Tile {
@@ -60,5 +61,41 @@ __device__ __forceinline__ void store_staged(const float* staged,  // [TOKENS][S
       for (int i = 0; i < 8; i++) v[i] += r[i];
     }
     store8(y + row, output, n, aligned, v);
+  }
+}
+
+// The gated products: half of a tile's rows are gates, the other half the ups of the same columns of
+// y[m, width] = silu(gate) up, where [gate; up] = x W^T, W [2 width, k]. Both are rounded as if they had been stored, so that y has the
+// bits that swiglu_forward makes of the plain product.
+template <int OUTPUTS, int TOKENS, int THREADS>
+__device__ __forceinline__ void store_gated(const float* staged,  // [TOKENS][STAGED_ROW], the gates before the ups
+                                            int thread, Tile at,
+                                            const bf16* bias,  // [2 width] or null
+                                            bf16* y,           // [m, width]
+                                            int m, int width) {
+  constexpr int HALF = OUTPUTS / 2, VECTORS = HALF / 8;
+  static_assert(THREADS % VECTORS == 0, "a thread stays with its columns");
+  const int column = thread % VECTORS * 8, output = at.output + column;
+  if (output >= width) return;
+  const bool whole = width % 8 == 0, aligned = whole && aligned16(y), aligned_bias = whole && aligned16(bias);
+  // Few registers are free beside the sums: each half is rounded before the next is read, and biases are read again for each token.
+  auto rounded = [&](const float* sums, const bf16* of) {
+    float v[8], b[8] = {};
+    load8(v, sums, column, HALF, true);
+    if (bias) load8(b, of, output, width, aligned_bias);
+    bf16x8 packed;
+#pragma unroll
+    for (int i = 0; i < 8; i++) packed.at[i] = to_bf16(v[i] + b[i]);
+    return packed;
+  };
+#pragma unroll 1
+  for (int t = thread / VECTORS; t < TOKENS; t += THREADS / VECTORS) {
+    if (at.token + t >= m) break;
+    const float* sums = staged + t * STAGED_ROW<OUTPUTS>;
+    const bf16x8 gate = rounded(sums, bias), up = rounded(sums + HALF, bias + width);
+    float h[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) h[i] = swiglu(to_float(gate.at[i]), to_float(up.at[i]));
+    store8(y + static_cast<size_t>(at.token + t) * width, output, width, aligned, h);
   }
 }

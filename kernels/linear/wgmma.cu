@@ -21,12 +21,14 @@ __device__ __forceinline__ void load_rows(uint32_t (&a)[4][4], const bf16* slab,
 
 // Tiles of GROUPS * ROWS outputs and TOKENS tokens; a stage holds SLABS slabs of both operands. ROWS is 64, wgmma's M, read from shared
 // memory; or 16, of which each block then has so few that a small weight keeps every multiprocessor busy: warp 0 takes these
-// to registers, and the other 48 rows are zero.
-template <int GROUPS, int ROWS, int TOKENS, int SLABS, int STAGES, class T>
+// to registers, and the other 48 rows are zero. GATED: y [m, n] of w [2 n, k] by store_gated, a group having ROWS / 2 gates and
+// their ups.
+template <bool GATED, int GROUPS, int ROWS, int TOKENS, int SLABS, int STAGES, class T>
 __device__ __forceinline__ void multiply(const TensorMap* w, const TensorMap* x, const bf16* bias, const T* residual, T* y, int m, int n,
                                          int k) {
   static_assert(ROWS == 64 || (ROWS == 16 && GROUPS == 1), "rows of a group");
   constexpr int OUTPUTS = GROUPS * ROWS, W_SLAB = OUTPUTS * SLAB, X_SLAB = TOKENS * SLAB, STAGE = SLABS * (W_SLAB + X_SLAB);
+  constexpr int OWN = GATED ? ROWS / 2 : ROWS, COLUMNS = GROUPS * OWN;  // of y: a group's, and a tile's
   constexpr int STAGED = TOKENS < 32 ? TOKENS : 32;  // tokens on their way to memory at a time
   static_assert(W_SLAB * 2 % 1024 == 0 && X_SLAB * 2 % 1024 == 0, "swizzled rows in groups of eight");
   DYNAMIC_SHARED(bf16, stages);  // [STAGES]: [SLABS][OUTPUTS][64] of the weight, [SLABS][TOKENS][64] of the tokens; [GROUPS] staged
@@ -40,7 +42,7 @@ __device__ __forceinline__ void multiply(const TensorMap* w, const TensorMap* x,
     }
   }
   __syncthreads();
-  const int tiles = (m + TOKENS - 1) / TOKENS * ((n + OUTPUTS - 1) / OUTPUTS), blocks = (k + SLABS * SLAB - 1) / (SLABS * SLAB);
+  const int tiles = (m + TOKENS - 1) / TOKENS * ((n + COLUMNS - 1) / COLUMNS), blocks = (k + SLABS * SLAB - 1) / (SLABS * SLAB);
   int stage = 0;
   unsigned parity = 0;  // of the phase of `full` that the stage's next use ends
   auto advance = [&] {
@@ -51,7 +53,7 @@ __device__ __forceinline__ void multiply(const TensorMap* w, const TensorMap* x,
     if (lane > 0) return;
     bool reused = false;
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
-      const Tile at = tile_at<OUTPUTS, TOKENS>(i, m, n);
+      const Tile at = tile_at<COLUMNS, TOKENS>(i, m, n);
       for (int block = 0; block < blocks; block++) {
         if (reused) mbarrier_wait_parity(&empty[stage], parity ^ 1);
         mbarrier_arrive_expect_tx(&full[stage], STAGE * 2);
@@ -59,7 +61,13 @@ __device__ __forceinline__ void multiply(const TensorMap* w, const TensorMap* x,
 #pragma unroll
         for (int s = 0; s < SLABS; s++) {
           const int column = (block * SLABS + s) * SLAB;
-          tensor_copy_2d(to + s * W_SLAB, w, &full[stage], column, at.output);
+          if constexpr (GATED) {
+#pragma unroll
+            for (int half = 0; half < 2 * GROUPS; half++)  // of each group the gates, then the ups
+              tensor_copy_2d(to + s * W_SLAB + half * OWN * SLAB, w, &full[stage], column, half % 2 * n + at.output + half / 2 * OWN);
+          } else {
+            tensor_copy_2d(to + s * W_SLAB, w, &full[stage], column, at.output);
+          }
           tensor_copy_2d(to + SLABS * W_SLAB + s * X_SLAB, x, &full[stage], column, at.token);
         }
         advance();
@@ -75,8 +83,8 @@ __device__ __forceinline__ void multiply(const TensorMap* w, const TensorMap* x,
     if (lane == 0) mbarrier_arrive(&empty[s]);
   };
   for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
-    Tile at = tile_at<OUTPUTS, TOKENS>(i, m, n);
-    at.output += group * ROWS;
+    Tile at = tile_at<COLUMNS, TOKENS>(i, m, n);
+    at.output += group * OWN;
     float sums[TOKENS / 2] = {};
     uint32_t a[2][4][4] = {};  // of 16 rows: of this slab and of the next
     int before = 0;
@@ -116,7 +124,13 @@ __device__ __forceinline__ void multiply(const TensorMap* w, const TensorMap* x,
             staged[(j * 8 + lane % 4 * 2 + e % 2) * STAGED_ROW<ROWS> + warp * 16 + lane / 4 + e / 2 * 8] = sums[(first / 8 + j) * 4 + e];
       }
       named_barrier_sync(1 + group, GROUP_THREADS);
-      store_staged<ROWS, STAGED, GROUP_THREADS>(staged, threadIdx.x % GROUP_THREADS, {at.output, at.token + first}, bias, residual, y, m, n);
+      const int thread = threadIdx.x % GROUP_THREADS;
+      const Tile part = {at.output, at.token + first};
+      if constexpr (GATED) {
+        store_gated<ROWS, STAGED, GROUP_THREADS>(staged, thread, part, bias, y, m, n);
+      } else {
+        store_staged<ROWS, STAGED, GROUP_THREADS>(staged, thread, part, bias, residual, y, m, n);
+      }
     }
   }
 }
@@ -132,13 +146,23 @@ __device__ __forceinline__ void multiply(const TensorMap* w, const TensorMap* x,
   GLOBAL void __launch_bounds__(GROUPS * GROUP_THREADS + 32)                                                                \
       name(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const bf16* bias, const T* residual, T* y, \
            int m, int n, int k) {                                                                                          \
-    multiply<GROUPS, __VA_ARGS__, T>(&w, &x, bias, residual, y, m, n, k);                                                   \
+    multiply<false, GROUPS, __VA_ARGS__, T>(&w, &x, bias, residual, y, m, n, k);                                            \
   }                                                                                                                        \
   KERNEL(name, GROUPS * GROUP_THREADS + 32);
 
-#define LINEAR_WGMMA(name, ...)             \
-  LINEAR_WGMMA_TO(name, bf16, __VA_ARGS__) \
-  LINEAR_WGMMA_TO(name##_f32, float, __VA_ARGS__)
+// w: [2 n, k], the gates before the ups, in boxes of 64 x ROWS / 2; bias: [2 n] or null.
+#define LINEAR_WGMMA_GATED(name, GROUPS, ...)                                                                              \
+  GLOBAL void __launch_bounds__(GROUPS * GROUP_THREADS + 32)                                                                \
+      name(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const bf16* bias, bf16* y, int m, int n, \
+           int k) {                                                                                                        \
+    multiply<true, GROUPS, __VA_ARGS__, bf16>(&w, &x, bias, nullptr, y, m, n, k);                                           \
+  }                                                                                                                        \
+  KERNEL(name, GROUPS * GROUP_THREADS + 32);
+
+#define LINEAR_WGMMA(name, ...)                    \
+  LINEAR_WGMMA_TO(name, bf16, __VA_ARGS__)        \
+  LINEAR_WGMMA_TO(name##_f32, float, __VA_ARGS__) \
+  LINEAR_WGMMA_GATED(name##_gated, __VA_ARGS__)
 
 // Groups of four warps that multiply, outputs of each, tokens, slabs of a stage, stages.
 LINEAR_WGMMA(linear_wgmma_16x8, 1, 16, 8, 4, 8)

@@ -113,6 +113,11 @@ impl LayerActs {
         }
     }
 
+    /// Whether a backward pass will want what is in between.
+    fn kept(&self) -> bool {
+        self.lse.is_some()
+    }
+
     /// A set for inference: the residual stream `x` is updated in place.
     pub fn in_place(device: &Device, shape: &LayerShape, rows: usize, x: &Buffer) -> LayerActs {
         let rows_of = |width: usize| device.alloc(device.float(), rows * width);
@@ -155,9 +160,13 @@ pub fn after_attention(
 ) {
     linear::forward(s, &a.attn, &p.out, residual(p.out_bias.as_ref(), x), &a.mid, rows);
     rms_norm::forward(s, &a.mid, &p.norm2, shape.eps, &a.normed2, rows, shape.hidden);
-    let bias = p.gate_up_bias.as_ref().map_or(Epilogue::None, Epilogue::Bias);
-    linear::forward(s, &a.normed2, &p.gate_up, bias, &a.gate_up, rows);
-    swiglu::forward(s, &a.gate_up, &a.act, rows, shape.intermediate);
+    let bias = p.gate_up_bias.as_ref();
+    if a.kept() {
+        linear::forward(s, &a.normed2, &p.gate_up, bias.map_or(Epilogue::None, Epilogue::Bias), &a.gate_up, rows);
+        swiglu::forward(s, &a.gate_up, &a.act, rows, shape.intermediate);
+    } else {
+        linear::forward_gated(s, &a.normed2, &p.gate_up, bias, &a.gate_up, &a.act, rows);
+    }
     if let Some(out) = out {
         linear::forward(s, &a.act, &p.down, residual(p.down_bias.as_ref(), &a.mid), out, rows);
     }

@@ -12,6 +12,8 @@ const BIAS_TILE: [usize; 2] = [64, 512];
 
 /// Elements that a tensor copy brings of a row: the 128 bytes over which it is swizzled.
 const SLAB: usize = 64;
+/// The most outputs of a group of warps that `wgmma` runs on.
+const GROUP_ROWS: usize = 64;
 /// Bytes of shared memory of a multiprocessor of sm_90, of which a block takes one KiB for the system and one for its barriers.
 const SM90_SHARED: usize = 228 << 10;
 
@@ -108,18 +110,20 @@ impl Tile {
     }
 }
 
-/// What is added to the finished sums.
+/// What becomes of the finished sums.
 #[derive(Clone, Copy)]
-pub(super) struct Added<'a> {
-    pub bias: Option<&'a Buffer>,
-    pub residual: Option<&'a Buffer>,
+pub(super) enum Then<'a> {
+    /// A bias and a residual are added; the result is bf16, or f32.
+    Add { bias: Option<&'a Buffer>, residual: Option<&'a Buffer> },
+    /// A bias is added, then the first half of the outputs gates the second: the result has half as many columns.
+    Gate { bias: Option<&'a Buffer> },
 }
 
-/// `y[m, n] = x[m, k] W^T`, and `added`; `y` bf16, or f32.
-pub(super) fn forward(gpu: &Gpu, x: &Buffer, w: &Weight, added: Added<'_>, y: &Buffer, m: usize) {
+/// `y = x[m, k] W^T`, and `then`.
+pub(super) fn forward(gpu: &Gpu, x: &Buffer, w: &Weight, then: Then<'_>, y: &Buffer, m: usize) {
     let family = Family::of(gpu.sm(), w.k);
     let tile = Tile::best(family.tiles(), m, w.n, gpu.multiprocessors());
-    forward_as(gpu, family, tile, x, w, added, y, m);
+    forward_as(gpu, family, tile, x, w, then, y, m);
 }
 
 /// [`forward`] in tiles of one kind.
@@ -129,7 +133,7 @@ pub(super) fn forward_as(
     tile: Tile,
     x: &Buffer,
     w: &Weight,
-    added: Added<'_>,
+    then: Then<'_>,
     y: &Buffer,
     m: usize,
 ) {
@@ -138,22 +142,23 @@ pub(super) fn forward_as(
         return;
     }
     let kind = if family == Family::Mma { "mma" } else { "wgmma" };
-    let stored = if y.dtype() == DType::F32 { "_f32" } else { "" };
-    let kernel = format!("linear_{kind}_{}x{}{stored}", tile.outputs, tile.tokens);
-    let tail = [
-        Arg::maybe(added.bias, DType::BF16),
-        Arg::maybe(added.residual, y.dtype()),
-        Arg::Buffer(y),
-        Arg::len(m),
-        Arg::len(n),
-        Arg::len(k),
-    ];
+    // Of a weight that gates a box has the gates of a group of warps, or its ups.
+    let (form, added, columns, rows) = match then {
+        Then::Add { bias, residual } => {
+            let form = if y.dtype() == DType::F32 { "_f32" } else { "" };
+            (form, vec![Arg::maybe(bias, DType::BF16), Arg::maybe(residual, y.dtype())], n, tile.outputs)
+        }
+        Then::Gate { bias } => ("_gated", vec![Arg::maybe(bias, DType::BF16)], n / 2, tile.outputs.min(GROUP_ROWS) / 2),
+    };
+    let kernel = format!("linear_{kind}_{}x{}{form}", tile.outputs, tile.tokens);
+    let tail = [Arg::Buffer(y), Arg::len(m), Arg::len(columns), Arg::len(k)];
     let tiles = tile.count(m, n);
     match family {
         Family::Mma => {
             // Of rows that lie one after the other, so many bytes divide every start.
             let alignment = [8, 4, 2].into_iter().find(|e| k.is_multiple_of(*e)).map_or(2, |e| e * 2);
             let mut args = vec![Arg::Buffer(&w.data), Arg::Buffer(x)];
+            args.extend(added);
             args.extend(tail);
             args.push(Arg::len(alignment));
             gpu.launch(&kernel, Launch::linear(tiles, tile.threads).shared(tile.shared_bytes), &args);
@@ -161,8 +166,9 @@ pub(super) fn forward_as(
         Family::Wgmma => {
             let map =
                 |b, rows, tile: usize| gpu.tensor_map(b, &[k, rows], &[SLAB as u32, tile as u32], SLAB as u32 * 2);
-            let (weight, tokens) = (map(&w.data, n, tile.outputs), map(x, m, tile.tokens));
+            let (weight, tokens) = (map(&w.data, n, rows), map(x, m, tile.tokens));
             let mut args = vec![Arg::TensorMap(&weight), Arg::TensorMap(&tokens)];
+            args.extend(added);
             args.extend(tail);
             // Blocks stay for all their tiles, as many as there is room for at once.
             let resident = (SM90_SHARED / (tile.shared_bytes + 2048)).min(2) * gpu.multiprocessors();
@@ -193,13 +199,14 @@ pub(super) fn backward_bias(gpu: &Gpu, dy: &Buffer, db: &Buffer, m: usize) {
 mod tests {
     use super::*;
     use crate::device::{Backend, Device, Stream};
+    use crate::ops::swiglu;
     use crate::ops::testing::noise;
     use half::bf16;
     use std::hash::{BuildHasher, RandomState};
 
-    fn run(s: &Stream, family: Family, tile: Tile, x: &Buffer, w: &Weight, bias: &Buffer, y: &Buffer, m: usize) {
+    fn run(s: &Stream, family: Family, tile: Tile, x: &Buffer, w: &Weight, then: Then<'_>, y: &Buffer, m: usize) {
         let Backend::Gpu(gpu) = s.backend() else { unreachable!("an emulated device") };
-        forward_as(gpu, family, tile, x, w, Added { bias: Some(bias), residual: None }, y, m);
+        forward_as(gpu, family, tile, x, w, then, y, m);
     }
 
     #[test]
@@ -223,8 +230,9 @@ mod tests {
                 let mut first: Option<(Vec<u32>, Vec<bf16>)> = None;
                 for &tile in family.tiles() {
                     let (wide, narrow) = (d.alloc(DType::F32, m * n), d.alloc(DType::BF16, m * n));
-                    run(&s, family, tile, &x, &weight, &bias, &wide, m);
-                    run(&s, family, tile, &x, &weight, &bias, &narrow, m);
+                    let then = Then::Add { bias: Some(&bias), residual: None };
+                    run(&s, family, tile, &x, &weight, then, &wide, m);
+                    run(&s, family, tile, &x, &weight, then, &narrow, m);
                     let wide = s.read::<f32>(&wide).wait().unwrap();
                     let narrow = s.read::<bf16>(&narrow).wait().unwrap();
                     for (i, (&got, want)) in wide.iter().zip(&want).enumerate() {
@@ -234,6 +242,38 @@ mod tests {
                     }
                     let bits: (Vec<u32>, Vec<bf16>) = (wide.into_iter().map(f32::to_bits).collect(), narrow);
                     assert!(*first.get_or_insert_with(|| bits.clone()) == bits, "[{m}, {n}, {k}], {family:?} {tile:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gated_in_any_tile_is_what_the_activation_makes_of_the_product() {
+        let seed = RandomState::new().hash_one("seed");
+        println!("seed {seed}");
+        let d = Device::emulated(seed).unwrap();
+        let s = d.stream();
+        for [m, width, k] in [[1, 1, 8], [9, 20, 64], [3, 72, 600], [270, 12, 72], [2, 33, 20], [70, 130, 8]] {
+            let [x, w, bias] = [m * k, 2 * width * k, 2 * width].map(|len| noise(len, seed ^ len as u64));
+            let [x, w, bias] = [x, w, bias].map(|v| v.into_iter().map(bf16::from_f32).collect::<Vec<_>>());
+            let weight = Weight { data: d.upload(&w), n: 2 * width, k };
+            let (x, bias) = (d.upload(&x), d.upload(&bias));
+            for (family, bias) in
+                [(Family::Mma, Some(&bias)), (Family::of(90, k), Some(&bias)), (Family::of(90, k), None)]
+            {
+                let [both, want] = [2 * width, width].map(|n| d.alloc(DType::BF16, m * n));
+                let then = Then::Add { bias, residual: None };
+                run(&s, family, family.tiles()[0], &x, &weight, then, &both, m);
+                swiglu::forward(&s, &both, &want, m, width);
+                let want = s.read::<bf16>(&want).wait().unwrap();
+                for &tile in family.tiles() {
+                    let got = d.alloc(DType::BF16, m * width);
+                    run(&s, family, tile, &x, &weight, Then::Gate { bias }, &got, m);
+                    let got = s.read::<bf16>(&got).wait().unwrap();
+                    assert!(
+                        got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "[{m}, {width}, {k}], {tile:?}"
+                    );
                 }
             }
         }

@@ -128,8 +128,40 @@ pub fn forward(s: &Stream, x: &Buffer, w: &Weight, epilogue: Epilogue, y: &Buffe
             }
         }),
         Backend::Gpu(gpu) => {
-            let added = gpu::Added { bias: bias.as_ref(), residual: residual.as_ref() };
-            gpu::forward(gpu, &x, &w, added, &y, m);
+            let then = gpu::Then::Add { bias: bias.as_ref(), residual: residual.as_ref() };
+            gpu::forward(gpu, &x, &w, then, &y, m);
+        }
+    }
+}
+
+/// `h[m, n / 2] = silu(gate) up` of `[gate, up] = x[m, k] W^T + bias`, with the bits of [`forward`] and
+/// [`swiglu::forward`](super::swiglu::forward). On a GPU in one pass; elsewhere `gate_up`, `[m, n]`, takes what is in between.
+/// Panics if `h` or `gate_up` overlaps `x`.
+pub fn forward_gated(
+    s: &Stream,
+    x: &Buffer,
+    w: &Weight,
+    bias: Option<&Buffer>,
+    gate_up: &Buffer,
+    h: &Buffer,
+    m: usize,
+) {
+    check(s, w);
+    let (n, k) = (w.n, w.k);
+    assert!(n.is_multiple_of(2), "as many gates as ups in {n} outputs");
+    match s.backend() {
+        Backend::Cpu(_) => {
+            forward(s, x, w, bias.map_or(Epilogue::None, Epilogue::Bias), gate_up, m);
+            super::swiglu::forward(s, gate_up, h, m, n / 2);
+        }
+        Backend::Gpu(gpu) => {
+            assert!(
+                x.len() >= m * k && h.len() >= m * n / 2,
+                "{m} rows of a weight [{n}, {k}]: x is {x:?}, h is {h:?}"
+            );
+            assert!(!h.overlaps(x), "h apart from x");
+            assert!(bias.is_none_or(|b| b.len() >= n), "a bias of {bias:?} for {n} outputs");
+            gpu::forward(gpu, x, w, gpu::Then::Gate { bias }, h, m);
         }
     }
 }
