@@ -61,6 +61,12 @@ fn io_hint(e: &std::io::Error) -> &'static str {
     match e.kind() {
         std::io::ErrorKind::StorageFull => "; free some space on that disk and run the same command again",
         std::io::ErrorKind::NotFound => "; check the path",
+        std::io::ErrorKind::NotADirectory => "; what it says is a folder on the way there is a file: check the path",
+        std::io::ErrorKind::IsADirectory => "; name a file, not a folder",
+        std::io::ErrorKind::InvalidFilename => "; choose a shorter name",
+        std::io::ErrorKind::ReadOnlyFilesystem => "; choose a folder on a disk that can be written to",
+        // Of what is read as text.
+        std::io::ErrorKind::InvalidData => "; save it as UTF-8",
         std::io::ErrorKind::PermissionDenied => "; check who owns it and its permissions",
         std::io::ErrorKind::QuotaExceeded | std::io::ErrorKind::FileTooLarge => {
             "; make room under the limit on your files (quota, ulimit -f) and run the same command again"

@@ -11,7 +11,7 @@ pub(crate) fn open(path: &Path) -> Result<File> {
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     match file.metadata()?.is_file() {
         true => Ok(file),
-        false => Err(Error::new(ErrorKind::InvalidInput, "it is not a regular file")),
+        false => Err(Error::new(ErrorKind::InvalidInput, "it is not a regular file, and one is needed")),
     }
 }
 

@@ -39,7 +39,7 @@ impl Conversations {
     /// [`Error::Io`] when it cannot be read; [`Error::Input`] naming the line that is no conversation, has nothing to learn,
     /// or whose images and image parts differ in number; also when there is none.
     pub fn open(path: &Path) -> Result<Conversations> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io("read the conversations", path, e))?;
+        let text = crate::files::read_to_string(path).map_err(|e| Error::io("read the conversations", path, e))?;
         let mut items = Vec::new();
         for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
             items.push(item(line, i + 1, path.parent().unwrap_or(Path::new("")), path)?);

@@ -42,7 +42,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let records = Records::create(&args.from.out, "results.json")?;
     let stop = stop_on_signal()?;
-    let examples = held_out_examples(&config)?;
+    let examples = held_out_examples(&config, &stop)?;
     let tool = python(&config)?;
     let loaded = Loaded::new(&config, None)?;
     fit::check(&config, &loaded, examples.iter().map(|e| Ok(Outline::of(e))))?;

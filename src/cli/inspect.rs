@@ -59,6 +59,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
             "name another file with --out",
         ));
     }
+    // The file takes the place of what has its name, and a device (/dev/null, say) would be gone with it.
+    if args.out.metadata().is_ok_and(|m| !m.is_file()) {
+        return Err(Error::input(
+            format!("{}: there is a folder, a device or a pipe of this name", args.out.display()),
+            "name a file with --out",
+        ));
+    }
     let device = Device::cpu(args.threads);
     let prompt = read_prompt(args, &folder, device.threads())?;
     let model = Model::load(&folder, &device, &LoadOptions { freeze_vision: true, progress: true })?;
@@ -78,7 +85,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
 fn read_prompt(args: &Args, folder: &Path, threads: usize) -> Result<Prompt> {
     let path = &args.conversation;
-    let text = std::fs::read(path).map_err(|e| Error::io("read the conversation", path, e))?;
+    let text = crate::files::read(path).map_err(|e| Error::io("read the conversation", path, e))?;
     let messages: Vec<Message> = serde_json::from_slice(&text).map_err(|e| {
         Error::input(
             format!("{}: {e}", path.display()),

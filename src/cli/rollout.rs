@@ -49,7 +49,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let records = Records::create(&args.from.out, FILE)?;
     let stop = stop_on_signal()?;
     let all: Arc<dyn Examples> = match args.held_out {
-        true => Arc::new(HeldOut(held_out_examples(&config)?)),
+        true => Arc::new(HeldOut(held_out_examples(&config, &stop)?)),
         false => training_examples(&config)?,
     };
     let tool = python(&config)?;

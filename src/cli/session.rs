@@ -89,7 +89,15 @@ pub(super) fn trained(dir: &Path, overrides: &[String]) -> Result<RunConfig> {
 /// # Errors
 /// As [`trained`], and where the model's folder is not there.
 pub(super) fn model_in(dir: &Path) -> Result<ModelConfig> {
-    let model = match dir.join(CONFIG_FILE).is_file() {
+    let described = dir.join(CONFIG_FILE).is_file();
+    let weights = dir.join("checkpoints");
+    if !described && weights.is_dir() {
+        return Err(Error::input(
+            format!("{}: the folder of a run, without its {CONFIG_FILE}", dir.display()),
+            format!("put that file back, or name one of the models in {}", weights.display()),
+        ));
+    }
+    let model = match described {
         true => trained(dir, &[])?.model,
         false => ModelConfig { path: dir.display().to_string(), ..ModelConfig::default() },
     };

@@ -19,7 +19,7 @@ use crate::{Error, Result};
 use image::RgbImage;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Pixels of prepared images that are kept for when they are shown again.
@@ -145,7 +145,7 @@ impl Loaded {
     /// Whatever is wrong with data, tool or the engine's sizes.
     pub fn setup(&self, config: &RunConfig, stop: &Arc<AtomicBool>) -> Result<Setup> {
         let train = training_examples(config)?;
-        let eval = if config.log.eval_every > 0 { held_out_examples(config)? } else { Vec::new() };
+        let eval = if config.log.eval_every > 0 { held_out_examples(config, stop)? } else { Vec::new() };
         fit::check(config, self, fit::first(&*train, u64::MAX))?;
         fit::check(config, self, eval.iter().map(|e| Ok(Outline::of(e))))?;
         let tool = python(config)?;
@@ -327,11 +327,11 @@ pub(super) fn training_examples(config: &RunConfig) -> Result<Arc<dyn Examples>>
     })
 }
 
-/// The questions to measure on.
+/// The questions to measure on, all in memory; `stop` ends their making.
 ///
 /// # Errors
-/// What is wrong with the files of the task.
-pub(super) fn held_out_examples(config: &RunConfig) -> Result<Vec<Arc<Example>>> {
+/// What is wrong with the files of the task; [`Error::Cancelled`] where `stop` was raised.
+pub(super) fn held_out_examples(config: &RunConfig, stop: &AtomicBool) -> Result<Vec<Arc<Example>>> {
     let wanted = config.task.eval_items as u64;
     let source: Arc<dyn Examples> = match config.task.kind {
         TaskKind::Mat => Arc::new(mat(config, "task.eval", &config.task.eval)?),
@@ -340,13 +340,27 @@ pub(super) fn held_out_examples(config: &RunConfig) -> Result<Vec<Arc<Example>>>
         }
     };
     let n = if wanted == 0 { source.len() } else { wanted.min(source.len()) };
-    (0..n).map(|i| source.get(i)).collect()
+    let get = |i| match stop.load(Ordering::Relaxed) {
+        true => Err(Error::Cancelled("stopped before the first question was asked".into())),
+        false => source.get(i),
+    };
+    (0..n).map(get).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::Preset;
+
+    #[test]
+    fn the_making_of_questions_can_be_stopped() {
+        let stop = AtomicBool::new(false);
+        let mut config = RunConfig::default();
+        config.task.eval_items = 2;
+        assert_eq!(held_out_examples(&config, &stop).unwrap().len(), 2);
+        stop.store(true, Ordering::Relaxed);
+        assert!(matches!(held_out_examples(&config, &stop), Err(Error::Cancelled(_))));
+    }
 
     #[test]
     fn caches_that_hold_less_than_an_episode_are_refused() {

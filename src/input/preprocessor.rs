@@ -335,7 +335,7 @@ impl Content {
         Ok(match source {
             ImageSource::Path(path) => {
                 let path = path.to_str().and_then(|p| p.strip_prefix("file://")).map(PathBuf::from).unwrap_or(path);
-                let bytes = std::fs::read(&path).map_err(|e| Error::io("read the picture", &path, e))?;
+                let bytes = crate::files::read(&path).map_err(|e| Error::io("read the picture", &path, e))?;
                 Content::Encoded { bytes: bytes.into(), name: path.display().to_string() }
             }
             ImageSource::Bytes { bytes, name } => Content::Encoded { bytes, name },

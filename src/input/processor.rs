@@ -60,6 +60,12 @@ impl ImageProcessor {
                     "copy the file again from the model's repository, or remove it to use the defaults",
                 )
             })?;
+            if !json.is_object() {
+                return Err(Error::input(
+                    format!("{}: not a JSON object", path.display()),
+                    "copy the file again from the model's repository, or remove it to use the defaults",
+                ));
+            }
             let json = match field {
                 None => &json,
                 Some(field) if json[field].is_object() => &json[field],

@@ -59,7 +59,7 @@ impl<'a> Images<'a> {
     /// None when the image is missing, broken, or past what the page may hold.
     fn embed(&mut self, name: &ImageRef) -> Option<Embedded> {
         let path = self.store.image_path(name)?;
-        let png = std::fs::read(&path).ok()?;
+        let png = crate::files::read(&path).ok()?;
         let image = ImageReader::new(std::io::Cursor::new(&png)).with_guessed_format().ok()?.decode().ok()?;
         let side = self.limits.image_side;
         let (bytes, mime, width, height) = if image.width().max(image.height()) <= side && png.len() < 32 << 10 {

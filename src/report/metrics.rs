@@ -99,7 +99,7 @@ fn line(r: &Record) -> String {
 pub fn read_metrics(run_dir: &Path) -> Result<Vec<Record>> {
     let path = run_dir.join("metrics.jsonl");
     let mut bytes = Vec::new();
-    match File::open(&path) {
+    match crate::files::open(&path) {
         Ok(mut f) => f.read_to_end(&mut bytes).map_err(|e| Error::io("read", &path, e))?,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(Error::io("open", &path, e)),

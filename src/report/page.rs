@@ -53,7 +53,7 @@ pub fn write_with(run_dir: &Path, limits: &Limits) -> Result<PathBuf> {
         false => None,
     };
     let config_path = run_dir.join("config.toml");
-    let config = match std::fs::read_to_string(&config_path) {
+    let config = match crate::files::read_to_string(&config_path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
         Err(e) => return Err(Error::io("read", &config_path, e)),

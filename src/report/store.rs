@@ -115,7 +115,7 @@ impl TrajectoryStore {
     /// [`Error::Io`] when it cannot be read.
     pub fn count(&self, file: &TrajectoryFile) -> Result<usize> {
         let failed = |e| Error::io("read", &file.path, e);
-        let f = File::open(&file.path).map_err(failed)?;
+        let f = crate::files::open(&file.path).map_err(failed)?;
         BufReader::new(f).split(b'\n').try_fold(0, |n, line| line.map(|_| n + 1)).map_err(failed)
     }
 
@@ -125,7 +125,7 @@ impl TrajectoryStore {
     /// # Errors
     /// [`Error::Io`] when it cannot be read, [`Error::Input`] when a line is not an episode.
     pub fn read(&self, file: &TrajectoryFile, max: usize) -> Result<(Vec<EpisodeView>, usize)> {
-        let f = File::open(&file.path).map_err(|e| Error::io("open", &file.path, e))?;
+        let f = crate::files::open(&file.path).map_err(|e| Error::io("open", &file.path, e))?;
         let mut out: Vec<EpisodeView> = Vec::new();
         let mut all = 0;
         for (n, line) in BufReader::new(f).lines().enumerate() {

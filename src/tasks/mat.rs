@@ -40,7 +40,7 @@ const FIELDS: [&str; 7] = ["id", "question", "answers", "ori_image_path", "proce
 /// hold what it should: a missing, misspelt or wrongly typed field, no answer, an unknown degradation, an `id` that occurs twice.
 pub fn read(path: impl AsRef<Path>) -> Result<Vec<Row>> {
     let path = path.as_ref();
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+    let text = crate::files::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
     let value: Value = serde_json::from_str(&text).map_err(|e| {
         Error::input(
             format!("{}: not JSON: {e}", path.display()),

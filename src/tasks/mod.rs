@@ -103,7 +103,7 @@ impl Split {
 
 /// Reads an image file by the rules for what the model is shown; `what` it is stands in errors beside its path.
 fn read_image(path: &Path, what: &str) -> Result<RgbImage> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io(format!("read ({what})"), path, e))?;
+    let bytes = crate::files::read(path).map_err(|e| Error::io(format!("read ({what})"), path, e))?;
     let name = format!("{} ({what})", path.display());
     let Picture { pixels, height, width } = decode_picture(&bytes, &name, &PictureLimits::default())?;
     RgbImage::from_raw(width as u32, height as u32, pixels)

@@ -187,7 +187,7 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
     let (found, hashes) = list(path)?;
     for (name, hash) in hashes.iter().filter(|(name, _)| *name != STATE_FILE) {
         let file = path.join(name);
-        let now = File::open(&file).and_then(|f| hash_of(&f));
+        let now = crate::files::open(&file).and_then(|f| hash_of(&f));
         if now.map_err(|e| damaged(format!("{}: {e}", file.display())))? != *hash {
             return Err(changed(&file));
         }
@@ -201,7 +201,8 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
 /// As [`open`], but for changed content, of which only the state's is looked at.
 fn list(path: &Path) -> Result<(Checkpoint, BTreeMap<String, String>)> {
     let state_path = path.join(STATE_FILE);
-    let text = fs::read(&state_path).map_err(|e| damaged(format!("{}: cannot read: {e}", state_path.display())))?;
+    let text =
+        crate::files::read(&state_path).map_err(|e| damaged(format!("{}: cannot read: {e}", state_path.display())))?;
     let sealed: StateFile =
         serde_json::from_slice(&text).map_err(|e| damaged(format!("{}: {e}", state_path.display())))?;
     if !sealed.blake3.is_empty() && sealed.blake3.get(STATE_FILE) != Some(&sealed.own_hash()?) {
@@ -313,6 +314,21 @@ mod tests {
         assert_eq!(notes.len(), 3);
         assert!(notes[1].contains("step-3") && notes[1].contains("999 bytes where 1000"), "{}", notes[1]);
         assert_eq!(c.latest_listed().unwrap(), c.latest().unwrap(), "no hash is needed to see this");
+    }
+
+    #[test]
+    fn a_pipe_in_place_of_a_file_is_not_waited_for() {
+        let run = tempfile::tempdir().unwrap();
+        let c = Checkpoints::new(run.path(), 0);
+        for step in [1, 2] {
+            save(&c, step).unwrap();
+        }
+        let state_file = run.path().join("checkpoints/step-2").join(STATE_FILE);
+        fs::remove_file(&state_file).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&state_file).status().unwrap().success());
+        let (found, notes) = c.latest().unwrap();
+        assert_eq!((found.unwrap().state, notes.len()), (state(1), 1));
+        assert!(notes[0].contains("not a regular file"), "{}", notes[0]);
     }
 
     #[test]

@@ -354,7 +354,13 @@ impl RunConfig {
         // What is counted in MiB is handed on in bytes.
         let size = |mib: usize| (1..=1 << 40).contains(&mib);
         let rules: &[(bool, &str, &str)] = &[
-            (!name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']), "run.name", "a folder's name"),
+            (
+                !name.is_empty()
+                    && !name.starts_with('.')
+                    && !name.contains(|c: char| "/\\".contains(c) || c.is_control()),
+                "run.name",
+                "a folder's name",
+            ),
             (self.model.min_pixels >= 784, "model.min_pixels", "at least 784 (one token)"),
             (self.model.max_pixels >= self.model.min_pixels, "model.max_pixels", "at least model.min_pixels"),
             (self.task.train_items > 0, "task.train_items", "at least 1"),
@@ -392,9 +398,10 @@ impl RunConfig {
             (size(p.file_mib as usize), "tools.python.file_mib", "from 1 to 2^40"),
             (size(p.output_kib), "tools.python.output_kib", "from 1 to 2^40"),
             (
-                self.task.kind == TaskKind::Mat || self.task.eval_items > 0,
+                // All of them are held in memory.
+                self.task.kind == TaskKind::Mat || (1..=1 << 16).contains(&self.task.eval_items),
                 "task.eval_items",
-                "at least 1 for the synthetic task",
+                "from 1 to 65536 for the synthetic task",
             ),
             (self.reward.answer.is_finite(), "reward.answer", "a number"),
             (self.reward.format.is_finite(), "reward.format", "a number"),
@@ -443,6 +450,8 @@ mod tests {
             ("rollout.temperature", &["1e-50", "1e39", "0.0", "-1.0", "nan"][..], "1e-3"),
             ("rollout.eval_temperature", &["1e-50", "1e39", "-1.0", "inf"], "0.0"),
             ("tools.python.concurrency", &["1000000000000"], "1024"),
+            ("task.eval_items", &["0", "65537"], "65536"),
+            ("run.name", &["a\nb", "a\u{7}", ".", "a/b"], "a b"),
             ("algo.iterations", &["0", "1000000000000"], "1024"),
         ] {
             let read = |value| RunConfig::read(None, &[format!("{key}={value}")]).and_then(|c| c.check());

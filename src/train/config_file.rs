@@ -60,7 +60,10 @@ impl RunConfig {
             let Some(like) = leaf(&schema, key) else {
                 return Err(unknown("the command line", key, &schema));
             };
-            let parsed = toml::from_str::<Table>(&format!("v = {raw}")).ok().and_then(|mut t| t.remove("v"));
+            // A line break could begin another key: what has one is no value.
+            let one = |t: &Table| t.len() == 1;
+            let parsed =
+                toml::from_str::<Table>(&format!("v = {raw}")).ok().filter(one).and_then(|mut t| t.remove("v"));
             let value = match parsed {
                 Some(v) if v.is_str() || !like.is_str() => v,
                 _ => Value::String(raw.to_string()),
@@ -178,7 +181,7 @@ fn parse(text: &str, name: &str) -> Result<Table> {
     let at = |e: &toml::de::Error| {
         let line = e.span().map_or(1, |s| line_of(text, s.start));
         let source = text.lines().nth(line - 1).unwrap_or("").trim();
-        (format!("{name}, line {line}: {}", e.message().trim()), source.to_string())
+        (format!("{name}, line {line}: {}", e.message().trim()), shortened(source))
     };
     let document = DeTable::parse(text).map_err(|e| {
         let (what, line) = at(&e);
@@ -193,7 +196,11 @@ fn parse(text: &str, name: &str) -> Result<Table> {
         let (what, line) = at(&e);
         Error::input(format!("{what}, in `{line}`"), "give that key a value of the kind that is expected")
     })?;
-    text.parse::<Table>().map_err(|e| Error::internal(format!("{name} parsed once and then not: {e}")))
+    // Only whole numbers that a table cannot hold are left to be refused.
+    text.parse::<Table>().map_err(|e| {
+        let (what, line) = at(&e);
+        Error::input(format!("{what}, in `{line}`"), "give that key a smaller number")
+    })
 }
 
 fn check_keys(table: &DeTable<'_>, schema: &Table, prefix: &str, bad: &dyn Fn(&str, usize) -> Error) -> Result<()> {
@@ -208,6 +215,15 @@ fn check_keys(table: &DeTable<'_>, schema: &Table, prefix: &str, bad: &dyn Fn(&s
         }
     }
     Ok(())
+}
+
+/// So much of a line as can be shown in an error.
+fn shortened(line: &str) -> String {
+    const MOST: usize = 120;
+    match line.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}...", &line[..end]),
+        None => line.to_owned(),
+    }
 }
 
 fn line_of(text: &str, at: usize) -> usize {
@@ -232,7 +248,7 @@ fn unknown(place: &str, key: &str, schema: &Table) -> Error {
             format!("remove it, or choose one of: {}", of.join(", "))
         }
     };
-    Error::input(format!("{place}: there is no key `{key}`"), mend)
+    Error::input(format!("{place}: there is no key `{}`", shortened(key)), mend)
 }
 
 /// Edit distance (Levenshtein), by characters.
@@ -314,6 +330,7 @@ mod tests {
             ("[run]\nseed = -1\n", &["line 2", "seed = -1", "-1"]),
             ("[rollout]\ngroup_size = 0\n", &["`rollout.group_size`", "1 to 65536", "mend"]),
             ("[rollout]\ngroup_size = 1000000000000000000\n", &["`rollout.group_size`", "1 to 65536", "mend"]),
+            ("[model]\nmax_pixels = 18446744073709551615\n", &["line 2", "max_pixels", "smaller number"]),
             ("[run]\nname = \"../x\"\n", &["`run.name`", "folder", "mend"]),
         ] {
             let e = error(text, &[]);
@@ -322,6 +339,13 @@ mod tests {
         let e = error("", &["optim.lr=fast"]);
         assert!(e.contains("the override `optim.lr=fast`") && e.contains("f64"), "{e}");
         assert!(error("", &["optim.lr"]).contains("section.key=value"));
+        let e = error("", &["run.seed=1\nx=3"]);
+        assert!(e.contains("the override `run.seed=1") && e.contains("u64"), "{e}");
+        // A line that is no TOML may be a whole file of another kind.
+        for text in [format!("[run]\nname = {}\n", "[".repeat(100_000)), format!("x{} = 1\n", "é".repeat(100_000))] {
+            let e = error(&text, &[]);
+            assert!(e.contains("my run.toml, line ") && e.len() < 1000, "{} bytes: {e:.2000}", e.len());
+        }
         let e = RunConfig::read(Some(Path::new("/no/such.toml")), &[]).unwrap_err().to_string();
         assert!(e.contains("/no/such.toml"), "{e}");
     }

@@ -135,7 +135,7 @@ impl Optimizer {
     /// # Errors
     /// [`Error::Io`] when it cannot be read, [`Error::Input`] when it is damaged or belongs to another model.
     pub fn load(&mut self, s: &Stream, params: &ParamStore, path: &Path) -> Result<()> {
-        let file = File::open(path).map_err(|e| Error::io("open the optimizer's state", path, e))?;
+        let file = crate::files::open(path).map_err(|e| Error::io("open the optimizer's state", path, e))?;
         // SAFETY: nobody writes a checkpoint's files once they are named.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
         let bad = |what: String| {

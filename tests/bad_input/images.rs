@@ -4,6 +4,8 @@ use super::pictures::png_that_claims;
 use super::tiny::model;
 use super::{Folder, options, says};
 use std::fs;
+use std::os::unix::fs::symlink;
+use std::process::Command;
 use std::sync::Arc;
 use varft::device::Device;
 use varft::engine::{Engine, Finish, Request, Sampling};
@@ -30,6 +32,14 @@ fn a_picture_that_cannot_be_shown_is_named_by_the_binary() {
         }
         f.ask(name, "What is this?");
         f.refused(&[name, expected, "to mend it"]);
+    }
+    assert!(Command::new("mkfifo").arg(f.path("pipe")).status().unwrap().success());
+    for (name, stands_for) in [("pipe", "pipe"), ("zeros", "/dev/zero"), ("folder", "model")] {
+        if name != stands_for {
+            symlink(stands_for, f.path(name)).unwrap();
+        }
+        f.ask(name, "What is this?");
+        f.refused(&[name, "not a regular file"]);
     }
     f.ask("gone.png", "What is this?");
     f.refused(&["gone.png", "check the path"]);
@@ -72,6 +82,7 @@ fn image_settings_that_do_not_fit_the_tower_are_refused() {
         (r#"{"image_std": [0, 1, 1]}"#, "image_std"),
         (r#"{"image_mean": [1]}"#, "image_mean"),
         ("[", "not valid JSON"),
+        ("[]", "not a JSON object"),
     ] {
         fs::write(&path, text).unwrap();
         f.refused(&["preprocessor_config.json", field, "to mend it"]);

@@ -9,6 +9,7 @@
 //! | an unknown architecture, wild configs | `model`; `src/model/config.rs` (each field's message) |
 //! | a missing or foreign tokenizer | `model`; `input/` (broken ones) |
 //! | broken, zero-sized and oversized images | `images`; `input/` (every limit, damage at random) |
+//! | a pipe, a device or a folder in place of a file | `images`; written over: `runs`; `src/files.rs`, `src/train/checkpoint.rs` |
 //! | images of odd kinds (16 bits, CMYK, animated, EXIF) | `input/`, against Pillow; odd shapes through the engine: `images` |
 //! | a prompt longer than the context | `images`; `engine.rs` |
 //! | a run file with a misspelt key, or a bad value | `runs`; `src/train/config_file.rs` |

@@ -3,6 +3,7 @@
 use super::{Folder, fails, refused, varft};
 use serde_json::Value;
 use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
@@ -121,6 +122,40 @@ fn a_run_file_with_a_mistake_is_refused_by_line_and_nothing_begins() {
     with("[task]\nkind = \"mat\"\n", &[&format!("model.path={}", f.at("model"))], &["task.train", mend]);
     fails(&["train", &f.at("none.toml")], &["none.toml", "check the path"]);
     fails(&["train", &f.at("model")], &["no run in this folder", mend]);
+}
+
+#[test]
+fn what_is_no_file_is_not_replaced_by_one() {
+    let f = Folder::new();
+    let pipe = f.path("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    std::os::unix::fs::symlink(&pipe, f.path("link")).unwrap();
+    for out in ["pipe", "link", "model"] {
+        let args = ["inspect", "--model", &f.at("model"), &f.at("talk.json"), "--out", &f.at(out)];
+        fails(&args, &[out, "a folder, a device or a pipe", "--out"]);
+    }
+    assert!(fs::metadata(&pipe).unwrap().file_type().is_fifo() && f.path("link").is_symlink());
+}
+
+#[test]
+fn paths_that_lead_nowhere_are_told_apart() {
+    let f = Folder::new();
+    let train = |key: &str, value: &str, expected: &[&str]| {
+        let model = format!("model.path={}", f.at("model"));
+        let dir = format!("run.dir={}", f.at("runs"));
+        fails(&["train", "--set", &model, "--set", &dir, "--set", &format!("{key}={value}")], expected);
+    };
+    train("run.dir", &f.at("a.png"), &["a.png", "check the path"]);
+    train("run.name", &"x".repeat(300), &["xxx", "choose a shorter name"]);
+    train(
+        "tools.python.interpreter",
+        "/no/such/python",
+        &["/no/such/python", "tools.python.interpreter", "to mend it"],
+    );
+    fs::write(f.path("run.toml"), b"[run]\nname = \"\xff\"\n").unwrap();
+    fails(&["train", &f.at("run.toml")], &["run.toml", "UTF-8"]);
+    fs::create_dir_all(f.path("half/checkpoints")).unwrap();
+    fails(&["chat", &f.at("half")], &["half", "without its config.toml", "to mend it"]);
 }
 
 #[test]

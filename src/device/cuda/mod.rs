@@ -77,7 +77,7 @@ fn driver() -> Result<i32> {
     if !has_driver() {
         return Err(Error::limit(
             "there is no NVIDIA driver on this machine (libcuda.so)",
-            "install NVIDIA's driver, version 580 or later, or use the processor (--device cpu)",
+            "install NVIDIA's driver, version 580 or later, or use the processor (run.device=cpu)",
         ));
     }
     let mut version = 0;
@@ -90,13 +90,13 @@ fn driver() -> Result<i32> {
                 version / 1000,
                 version % 1000 / 10
             ),
-            "install driver 580 or later, or use the processor (--device cpu)",
+            "install driver 580 or later, or use the processor (run.device=cpu)",
         ));
     }
     result::init().map_err(|e| {
         Error::limit(
             format!("NVIDIA's driver does not start: {e}"),
-            "look at what nvidia-smi says, or use the processor (--device cpu)",
+            "look at what nvidia-smi says, or use the processor (run.device=cpu)",
         )
     })?;
     Ok(version)
@@ -111,7 +111,7 @@ impl Cuda {
         if built::FATBINS.is_empty() {
             return Err(Error::limit(
                 "this program was built without nvcc, so it has no kernels for a GPU",
-                "build it where nvcc 13 is on the PATH (or NVCC names it), or use the processor (--device cpu)",
+                "build it where nvcc 13 is on the PATH (or NVCC names it), or use the processor (run.device=cpu)",
             ));
         }
         let version = driver()?;
@@ -120,7 +120,7 @@ impl Cuda {
         let Some(device) = device else {
             return Err(Error::limit(
                 format!("there is no card {ordinal}: the driver shows {count}"),
-                "look at CUDA_VISIBLE_DEVICES, or use the processor (--device cpu)",
+                "look at CUDA_VISIBLE_DEVICES, or use the processor (run.device=cpu)",
             ));
         };
         let device = result::device::get(device).map_err(|e| failed("open the card", e))?;
@@ -135,7 +135,7 @@ impl Cuda {
         if capability < FIRST_SM {
             return Err(Error::limit(
                 format!("{name} is too old: its compute capability is {major}.{minor}, and 8.0 is needed"),
-                "use a card of the Ampere generation or later, or the processor (--device cpu)",
+                "use a card of the Ampere generation or later, or the processor (run.device=cpu)",
             ));
         }
         let multiprocessors = ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
@@ -321,7 +321,7 @@ mod tests {
             Err(e) => {
                 let said = e.to_string();
                 let known = ["built without nvcc", "no NVIDIA driver", "too old", "does not start", "no card 0"];
-                assert!(known.iter().any(|k| said.contains(k)) && said.contains("--device cpu"), "{said}");
+                assert!(known.iter().any(|k| said.contains(k)) && said.contains("run.device=cpu"), "{said}");
             }
         }
     }

@@ -120,7 +120,11 @@ struct Scratch<'a> {
 
 impl<'a> Scratch<'a> {
     fn new(folder: PathBuf, remover: &'a Remover) -> std::io::Result<Self> {
-        std::fs::create_dir(&folder)?;
+        match std::fs::create_dir(&folder) {
+            // The folder around it is old when a run is, and whoever tidies up temporary files may have removed it.
+            Err(e) if e.kind() == ErrorKind::NotFound => std::fs::create_dir_all(&folder)?,
+            made => made?,
+        }
         Ok(Scratch { folder, remover })
     }
 }

@@ -73,8 +73,11 @@ impl Search {
             return match python.is_file() {
                 true => Ok(python.clone()),
                 false => Err(Error::input(
-                    format!("VARFT_PYTHON is {}, which is not a file", python.display()),
-                    format!("set it to a Python interpreter that has {}, or unset it", REQUIREMENTS.join(" ")),
+                    format!("{}: there is no such Python interpreter", python.display()),
+                    format!(
+                        "set tools.python.interpreter or VARFT_PYTHON, whichever names it, to one that has {}, or unset it",
+                        REQUIREMENTS.join(" ")
+                    ),
                 )),
             };
         }
@@ -294,7 +297,12 @@ mod tests {
     #[test]
     fn what_is_named_must_exist() {
         let e = Search { python: Some("/no/such/python".into()), ..nowhere() }.find().unwrap_err().to_string();
-        assert!(e.contains("VARFT_PYTHON is /no/such/python") && e.contains("numpy=="), "{e}");
+        assert!(
+            e.contains("/no/such/python")
+                && e.contains("tools.python.interpreter or VARFT_PYTHON")
+                && e.contains("numpy=="),
+            "{e}"
+        );
     }
 
     #[test]

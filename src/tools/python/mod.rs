@@ -30,8 +30,10 @@
 //! scratch folder of its own, removed afterwards; an empty environment; no descriptors but its own; the end of its process group when
 //! it ends. `time.sleep` returns at once, as only processor time is limited; code that waits in another way until the limit by
 //! the clock has failed, while code that the machine left no time to run is a failure of the machinery. Where varft runs as root, each call runs as a user of its
-//! own without root's rights, except to read files. **Not yet held**: reading files and using the network as the user that
-//! runs varft, and where that is not root also writing files and signalling processes as that user. That takes namespaces, Landlock and seccomp, behind the same interface.
+//! own without root's rights, except to read files, and where it may, the process has System V memory of its own. **Not yet
+//! held**: reading files and using the network as the user that runs varft, writing to folders that everybody may write to (what
+//! a call leaves in `/tmp` or `/dev/shm` stays there), and where that user is not root also writing files and signalling
+//! processes as that user. That takes namespaces, Landlock and seccomp, behind the same interface.
 
 mod call;
 pub mod environment;

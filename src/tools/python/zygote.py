@@ -16,6 +16,8 @@ import sys
 
 def serve():
     import json, socket
+    global home
+    home = os.getcwd()
     control = socket.socket(fileno=os.dup(0))
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
@@ -26,7 +28,10 @@ def serve():
     except BaseException as e:
         control.send(json.dumps({"error": f"{type(e).__name__}: {e}"}).encode())
         os._exit(1)
-    control.send(json.dumps(versions).encode())
+    try:
+        control.send(json.dumps(versions).encode())
+    except OSError:  # varft went while everything was imported
+        shut_down({})
     loop(control)
 
 
@@ -55,6 +60,7 @@ def warm_up():
             f.write("800")
     except OSError:
         pass
+    libc.unshare(CLONE_NEWIPC)  # where that is allowed: System V memory that calls leave ends with this process
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # calls of the same user cannot trace or read this process
     gc.collect()
     gc.freeze()
@@ -66,6 +72,7 @@ def warm_up():
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 4, 8, 38
 CAP_DAC_READ_SEARCH = 2
+CLONE_NEWIPC = 0x08000000
 
 
 def out_of_memory_kills():
@@ -174,11 +181,10 @@ def shut_down(calls):
     for pid in calls:
         os.waitpid(pid, 0)
     import shutil
-    here = os.getcwd()
     os.chdir("/")
-    shutil.rmtree(here, ignore_errors=True)
+    shutil.rmtree(home, ignore_errors=True)
     try:
-        os.rmdir(os.path.dirname(here))  # the last one out
+        os.rmdir(os.path.dirname(home))  # the last one out
     except OSError:
         pass
     os._exit(0)
