@@ -1,8 +1,8 @@
 // Moving keys and values between the rows of a batch and the pages of the cache, and whole pages.
 //
 // Keys and values lie alike, [blocks, kv_heads, BLOCK, head_dim]; a slot is block * BLOCK + offset. A row holds a token's keys
-// ([kv_heads, head_dim]) from column `k_offset` and its values from column `v_offset`. A token whose slot is 2^32 - 1 is
-// left out.
+// ([kv_heads, head_dim]) from column `k_offset` and its values from column `v_offset`. A token whose slot is NO_SLOT
+// is left out.
 #include "include/pages.cuh"
 
 constexpr int THREADS = 256;

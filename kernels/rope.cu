@@ -96,7 +96,7 @@ KERNEL(rope_rotate, THREADS);
 
 // rope_rotate and kv_cache_write in one pass: turns the query and key heads of each row in place, and puts keys and values into
 // their pages. A row is `heads` query heads, kv_heads of keys, kv_heads of values, 2 pairs elements each. A token whose slot is
-// 2^32 - 1 has no page. Grid: rows * (heads + 2 kv_heads) * ceil(pairs / 8) threads.
+// NO_SLOT has no page. Grid: rows * (heads + 2 kv_heads) * ceil(pairs / 8) threads.
 GLOBAL void __launch_bounds__(THREADS)
 rope_into_pages(bf16* x,                      // [rows, (heads + 2 kv_heads) 2 pairs]
                 const float* cosines,         // [rows, pairs]

@@ -239,7 +239,7 @@ fn trainer_logprobs(
     let (c, n) = (&m.config, rows.len());
     let ws = loss::Workspace::new(d, c.vocab_size, c.hidden_size, n, (1 + rng.below(200)) * 4 * c.vocab_size);
     let out = Outputs::new(d, n);
-    let entries = LossRows::new(d, &rows, &targets, &temperatures);
+    let entries = LossRows::new(&s, &rows, &targets, &temperatures);
     let words = d.upload(&words);
     if learns {
         let (weight, dhidden) = (d.upload(&vec![1.0f32; n]), d.zeros(d.float(), hidden.len()));
@@ -271,6 +271,8 @@ fn every_token_agrees(models: &[Arc<Model>], first: u64, count: usize) -> Seen {
     let (mut seen, mut seed) = (Seen::default(), first.wrapping_sub(1));
     while seen.schedules < count {
         seed = seed.wrapping_add(1);
+        let tried = seed.wrapping_sub(first);
+        assert!(tried < 4 * count as u64, "of {tried} schedules {} sampled anything", seen.schedules);
         let mut rng = Rng(seed);
         let m = &models[rng.below(models.len())];
         let engine = random_engine(&mut rng, m, seed % 5 == 0);

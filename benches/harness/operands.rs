@@ -45,7 +45,7 @@ pub fn paged(d: &Device, lens: &[(usize, usize)], kv_heads: usize, head_dim: usi
         cu_seqlens_q: d.upload(&cu),
         kv_lens: d.upload(&kv),
         block_tables: d.upload(&tables),
-        table_rows: None,
+        table_rows: d.upload(&(0..lens.len() as u32).collect::<Vec<_>>()),
         stride,
         n: lens.len(),
         rows: cu[lens.len()] as usize,

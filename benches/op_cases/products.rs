@@ -79,7 +79,7 @@ fn losses(h: usize, v: usize) -> [Case; 3] {
     let m = SCORED;
     let shape = [m, h, v];
     let product = 2 * m * h * v;
-    let rows = move |d: &Maker| LossRows::new(&d.device, &ids_of(m), &ids(m, v), &vec![1.0; m]);
+    let rows = move |d: &Maker| LossRows::new(&d.device.stream(), &ids_of(m), &ids(m, v), &vec![1.0; m]);
     let workspace = move |d: &Maker| Workspace::new(&d.device, v, h, usize::MAX, LOGIT_BYTES);
     let forbidden = move |d: &Maker| d.device.zeros(DType::U32, forbidden_words(v));
     let update = move |name, grpo: bool| {

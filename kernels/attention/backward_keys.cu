@@ -155,8 +155,9 @@ __device__ __forceinline__ void key_tile(const Keys& keys, int first_key, int co
 
 // Which segments have the pages of a tile.
 struct Sharing {
-  const unsigned *kv_lens, *block_tables;
-  int table_stride, n;
+  const unsigned* kv_lens;
+  const Tables& tables;
+  int n;
   int place;                    // of the tile's first page in its segment
   unsigned page[TILE_PAGES];
   unsigned owned;               // which pages the block owns, a bit each
@@ -166,7 +167,7 @@ struct Sharing {
     unsigned mask = 0;
 #pragma unroll
     for (int i = 0; i < TILE_PAGES; i++)
-      if (place + i < pages && block_tables[static_cast<size_t>(segment) * table_stride + place + i] == page[i]) mask |= 1u << i;
+      if (place + i < pages && tables.of(segment)[place + i] == page[i]) mask |= 1u << i;
     return mask & owned;
   }
 
@@ -176,7 +177,7 @@ struct Sharing {
     owned = 0;
 #pragma unroll
     for (int i = 0; i < TILE_PAGES; i++) {
-      page[i] = place + i < pages ? block_tables[static_cast<size_t>(segment) * table_stride + place + i] : 0;
+      page[i] = place + i < pages ? tables.of(segment)[place + i] : 0;
       if (place + i < pages) owned |= 1u << i;
     }
     for (int first = 0; first < segment; first += 32) {
@@ -204,15 +205,15 @@ struct Sharing {
 
 template <int HD>
 __device__ __forceinline__ void paged_keys(const bf16* q, int q_stride, const bf16* k, const bf16* v, const unsigned* cu_seqlens,
-                                           const unsigned* kv_lens, const unsigned* block_tables, int table_stride, int n, int group,
+                                           const unsigned* kv_lens, const Tables& tables, int n, int group,
                                            float scale, const float* lse, const bf16* dout, const float* delta, float* dk, float* dv) {
-  const int tiles = (table_stride + TILE_PAGES - 1) / TILE_PAGES, segment = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+  const int tiles = (tables.stride + TILE_PAGES - 1) / TILE_PAGES, segment = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int kv_heads = gridDim.y, head = blockIdx.y, heads = kv_heads * group, kv_len = kv_lens[segment];
   if (tile * KEYS >= kv_len) return;
-  Sharing sharing = {kv_lens, block_tables, table_stride, n, tile * TILE_PAGES, {}, 0};
+  Sharing sharing = {kv_lens, tables, n, tile * TILE_PAGES, {}, 0};
   sharing.own(segment);
   if (!sharing.owned) return;
-  const PagedKeys<HD> keys = {k, v, block_tables + static_cast<size_t>(segment) * table_stride, kv_heads, head};
+  const PagedKeys<HD> keys = {k, v, tables.of(segment), kv_heads, head};
   const int pages = (kv_len + PAGE - 1) / PAGE - tile * TILE_PAGES, count = pages < TILE_PAGES ? pages * PAGE : KEYS;
   const RowSide side = {q + head * group * HD,  dout + head * group * HD, lse + head * group, delta + head * group, q_stride, heads,
                         group, cu_seqlens, kv_lens, true};
@@ -255,22 +256,23 @@ __device__ __forceinline__ void varlen_keys(const bf16* qkv, const unsigned* cu_
 }
 
 // Causal, over pages. Grid: n ceil(table_stride / TILE_PAGES), kv_heads.
-#define PAGED_KEYS(HD)                                                                                                     \
-  GLOBAL void __launch_bounds__(THREADS, 2)                                                                                \
-  attention_paged_backward_keys_##HD(const bf16* q,                 /* [rows, q_stride], the first group kv_heads HD */    \
-                                     int q_stride,                                                                         \
-                                     const bf16* k, const bf16* v,  /* [pages, kv_heads, PAGE, HD] */                      \
-                                     const unsigned* cu_seqlens,    /* [n + 1]: where each segment's queries begin */      \
-                                     const unsigned* kv_lens,       /* [n] */                                              \
-                                     const unsigned* block_tables,  /* [n, table_stride] */                                \
-                                     int table_stride, int n, int group, float scale,                                      \
-                                     const float* lse,              /* [rows, group kv_heads] */                           \
-                                     const bf16* dout,              /* [rows, group kv_heads, HD] */                       \
-                                     const float* delta,            /* [rows, group kv_heads]: D */                        \
-                                     float* dk, float* dv) {        /* as k and v; added to */                             \
-    paged_keys<HD>(q, q_stride, k, v, cu_seqlens, kv_lens, block_tables, table_stride, n, group, scale, lse, dout, delta,  \
-                   dk, dv);                                                                                                \
-  }                                                                                                                        \
+#define PAGED_KEYS(HD)                                                                                                  \
+  GLOBAL void __launch_bounds__(THREADS, 2)                                                                             \
+  attention_paged_backward_keys_##HD(const bf16* q,                 /* [rows, q_stride], the first group kv_heads HD */ \
+                                     int q_stride,                                                                      \
+                                     const bf16* k, const bf16* v,  /* [pages, kv_heads, PAGE, HD] */                   \
+                                     const unsigned* cu_seqlens,    /* [n + 1]: where each segment's queries begin */   \
+                                     const unsigned* kv_lens,       /* [n] */                                           \
+                                     const unsigned* block_tables,  /* [_, table_stride] */                             \
+                                     const unsigned* table_rows,    /* [n]: which row is each segment's */              \
+                                     int table_stride, int n, int group, float scale,                                   \
+                                     const float* lse,              /* [rows, group kv_heads] */                        \
+                                     const bf16* dout,              /* [rows, group kv_heads, HD] */                    \
+                                     const float* delta,            /* [rows, group kv_heads]: D */                     \
+                                     float* dk, float* dv) {        /* as k and v; added to */                          \
+    paged_keys<HD>(q, q_stride, k, v, cu_seqlens, kv_lens, {block_tables, table_rows, table_stride}, n, group, scale,   \
+                   lse, dout, delta, dk, dv);                                                                           \
+  }                                                                                                                     \
   KERNEL(attention_paged_backward_keys_##HD, THREADS)
 PAGED_KEYS(16);
 PAGED_KEYS(64);
@@ -278,17 +280,17 @@ PAGED_KEYS(80);
 PAGED_KEYS(128);
 
 // Within packed windows of rows. Grid: floor(rows / KEYS) + n places of tiles, heads.
-#define VARLEN_KEYS(HD)                                                                                                 \
-  GLOBAL void __launch_bounds__(THREADS, 2)                                                                             \
-  attention_varlen_backward_keys_##HD(const bf16* qkv,             /* [rows, 3, heads, HD] */                           \
-                                      const unsigned* cu_seqlens,  /* [n + 1]: where each window's rows begin */        \
-                                      int n, float scale, int causal,                                                   \
-                                      const float* lse,            /* [rows, heads] */                                  \
-                                      const bf16* dout,            /* [rows, heads, HD] */                              \
-                                      const float* delta,          /* [rows, heads]: D */                               \
+#define VARLEN_KEYS(HD)                                                                                                      \
+  GLOBAL void __launch_bounds__(THREADS, 2)                                                                                  \
+  attention_varlen_backward_keys_##HD(const bf16* qkv,             /* [rows, 3, heads, HD] */                                \
+                                      const unsigned* cu_seqlens,  /* [n + 1]: where each window's rows begin */             \
+                                      int n, float scale, int causal,                                                        \
+                                      const float* lse,            /* [rows, heads] */                                       \
+                                      const bf16* dout,            /* [rows, heads, HD] */                                   \
+                                      const float* delta,          /* [rows, heads]: D */                                    \
                                       bf16* dqkv) {                /* [rows, 3, heads, HD]: all but the first are written */ \
-    varlen_keys<HD>(qkv, cu_seqlens, n, scale, causal, lse, dout, delta, dqkv);                                         \
-  }                                                                                                                     \
+    varlen_keys<HD>(qkv, cu_seqlens, n, scale, causal, lse, dout, delta, dqkv);                                              \
+  }                                                                                                                          \
   KERNEL(attention_varlen_backward_keys_##HD, THREADS)
 VARLEN_KEYS(16);
 VARLEN_KEYS(64);

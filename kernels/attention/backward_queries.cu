@@ -118,13 +118,13 @@ __device__ __forceinline__ void query_tile(const Tile& tile, const Rows<const bf
 
 template <int HD>
 __device__ __forceinline__ void paged_queries(const bf16* q, int q_stride, const bf16* k, const bf16* v, const unsigned* cu_seqlens,
-                                              const unsigned* kv_lens, const unsigned* block_tables, int table_stride, int n,
+                                              const unsigned* kv_lens, const Tables& tables, int n,
                                               int group, float scale, const bf16* out, const float* lse, const bf16* dout, bf16* dq,
                                               float* delta) {
   Tile tile;
   if (!find_tile(tile, gridDim.x - 1 - blockIdx.x, TILE, cu_seqlens, kv_lens, n, group, true)) return;
   const int kv_heads = gridDim.y, head = blockIdx.y, heads = kv_heads * group;
-  const PagedKeys<HD> keys = {k, v, block_tables + static_cast<size_t>(tile.segment) * table_stride, kv_heads, head};
+  const PagedKeys<HD> keys = {k, v, tables.of(tile.segment), kv_heads, head};
   const size_t query = tile.query, row = query * heads + head * group, at = query * q_stride + head * group * HD;
   query_tile<HD>(tile, {q + at, q_stride, group}, keys, scale, {out + row * HD, heads * HD, group}, {lse + row, heads, group},
                  {dout + row * HD, heads * HD, group}, {dq + at, q_stride, group}, {delta + row, heads, group});
@@ -143,23 +143,24 @@ __device__ __forceinline__ void varlen_queries(const bf16* qkv, const unsigned* 
 }
 
 // Causal, over pages. Tiles that see the most keys go first. Grid: floor(rows group / TILE) + n places of tiles, kv_heads.
-#define PAGED_QUERIES(HD)                                                                                                     \
-  GLOBAL void __launch_bounds__(THREADS, 2)                                                                                   \
-  attention_paged_backward_queries_##HD(const bf16* q,                 /* [rows, q_stride], the first group kv_heads HD */    \
-                                        int q_stride,                                                                         \
-                                        const bf16* k, const bf16* v,  /* [pages, kv_heads, PAGE, HD] */                      \
-                                        const unsigned* cu_seqlens,    /* [n + 1]: where each segment's queries begin */      \
-                                        const unsigned* kv_lens,       /* [n] */                                              \
-                                        const unsigned* block_tables,  /* [n, table_stride] */                                \
-                                        int table_stride, int n, int group, float scale,                                      \
-                                        const bf16* out,               /* [rows, group kv_heads, HD] */                       \
-                                        const float* lse,              /* [rows, group kv_heads] */                           \
-                                        const bf16* dout,              /* [rows, group kv_heads, HD] */                       \
-                                        bf16* dq,                      /* as q; other columns are left alone */               \
-                                        float* delta) {                /* [rows, group kv_heads]: D */                        \
-    paged_queries<HD>(q, q_stride, k, v, cu_seqlens, kv_lens, block_tables, table_stride, n, group, scale, out, lse, dout,    \
-                      dq, delta);                                                                                             \
-  }                                                                                                                           \
+#define PAGED_QUERIES(HD)                                                                                                  \
+  GLOBAL void __launch_bounds__(THREADS, 2)                                                                                \
+  attention_paged_backward_queries_##HD(const bf16* q,                 /* [rows, q_stride], the first group kv_heads HD */ \
+                                        int q_stride,                                                                      \
+                                        const bf16* k, const bf16* v,  /* [pages, kv_heads, PAGE, HD] */                   \
+                                        const unsigned* cu_seqlens,    /* [n + 1]: where each segment's queries begin */   \
+                                        const unsigned* kv_lens,       /* [n] */                                           \
+                                        const unsigned* block_tables,  /* [_, table_stride] */                             \
+                                        const unsigned* table_rows,    /* [n]: which row is each segment's */              \
+                                        int table_stride, int n, int group, float scale,                                   \
+                                        const bf16* out,               /* [rows, group kv_heads, HD] */                    \
+                                        const float* lse,              /* [rows, group kv_heads] */                        \
+                                        const bf16* dout,              /* [rows, group kv_heads, HD] */                    \
+                                        bf16* dq,                      /* as q; other columns are left alone */            \
+                                        float* delta) {                /* [rows, group kv_heads]: D */                     \
+    paged_queries<HD>(q, q_stride, k, v, cu_seqlens, kv_lens, {block_tables, table_rows, table_stride}, n, group, scale,   \
+                      out, lse, dout, dq, delta);                                                                          \
+  }                                                                                                                        \
   KERNEL(attention_paged_backward_queries_##HD, THREADS)
 PAGED_QUERIES(16);
 PAGED_QUERIES(64);
@@ -167,18 +168,18 @@ PAGED_QUERIES(80);
 PAGED_QUERIES(128);
 
 // Within packed windows of rows. Grid: floor(rows / TILE) + n places of tiles, heads.
-#define VARLEN_QUERIES(HD)                                                                                            \
-  GLOBAL void __launch_bounds__(THREADS, 2)                                                                           \
-  attention_varlen_backward_queries_##HD(const bf16* qkv,             /* [rows, 3, heads, HD] */                      \
-                                         const unsigned* cu_seqlens,  /* [n + 1]: where each window's rows begin */   \
-                                         int n, float scale, int causal,                                              \
-                                         const bf16* out,             /* [rows, heads, HD] */                         \
-                                         const float* lse,            /* [rows, heads] */                             \
-                                         const bf16* dout,            /* [rows, heads, HD] */                         \
+#define VARLEN_QUERIES(HD)                                                                                              \
+  GLOBAL void __launch_bounds__(THREADS, 2)                                                                             \
+  attention_varlen_backward_queries_##HD(const bf16* qkv,             /* [rows, 3, heads, HD] */                        \
+                                         const unsigned* cu_seqlens,  /* [n + 1]: where each window's rows begin */     \
+                                         int n, float scale, int causal,                                                \
+                                         const bf16* out,             /* [rows, heads, HD] */                           \
+                                         const float* lse,            /* [rows, heads] */                               \
+                                         const bf16* dout,            /* [rows, heads, HD] */                           \
                                          bf16* dqkv,                  /* [rows, 3, heads, HD]: the first are written */ \
-                                         float* delta) {              /* [rows, heads]: D */                          \
-    varlen_queries<HD>(qkv, cu_seqlens, n, scale, causal, out, lse, dout, dqkv, delta);                               \
-  }                                                                                                                   \
+                                         float* delta) {              /* [rows, heads]: D */                            \
+    varlen_queries<HD>(qkv, cu_seqlens, n, scale, causal, out, lse, dout, dqkv, delta);                                 \
+  }                                                                                                                     \
   KERNEL(attention_varlen_backward_queries_##HD, THREADS)
 VARLEN_QUERIES(16);
 VARLEN_QUERIES(64);

@@ -181,36 +181,36 @@ __device__ __forceinline__ void decode_tile(const Tile& tile, const Rows<const b
 
 template <int HD>
 __device__ __forceinline__ void decode(const bf16* q, int q_stride, const bf16* k, const bf16* v, const unsigned* cu_seqlens,
-                                       const unsigned* kv_lens, const unsigned* block_tables, int table_stride, int n, int group,
-                                       float scale, const unsigned* table_rows, bf16* out, float* lse, const Parts& parts) {
+                                       const unsigned* kv_lens, const Tables& tables, int n, int group,
+                                       float scale, bf16* out, float* lse, const Parts& parts) {
   Tile tile;
   if (!find_tile(tile, blockIdx.x, TILE, cu_seqlens, kv_lens, n, group, true)) return;
   const int kv_heads = gridDim.y, head = blockIdx.y, heads = kv_heads * group;
-  const PagedKeys<HD> keys = {k, v, table_of(tile.segment, block_tables, table_rows, table_stride), kv_heads, head};
+  const PagedKeys<HD> keys = {k, v, tables.of(tile.segment), kv_heads, head};
   const size_t query = tile.query, row = query * heads + head * group;
   decode_tile<HD>(tile, {q + query * q_stride + head * group * HD, q_stride, group}, keys, scale, {out + row * HD, heads * HD, group},
                   {lse ? lse + row : nullptr, heads, group}, parts, row, heads);
 }
 
 // Grid: floor(rows group / TILE) + n places of tiles, kv_heads, blocks that share a tile's cuts.
-#define DECODE(HD)                                                                                                         \
-  GLOBAL void __launch_bounds__(THREADS, 3)                                                                                \
-  attention_decode_##HD(const bf16* q,                 /* [rows, q_stride], the first group kv_heads HD of them */         \
-                        int q_stride,                                                                                      \
-                        const bf16* k, const bf16* v,  /* [pages, kv_heads, PAGE, HD] */                                   \
-                        const unsigned* cu_seqlens,    /* [n + 1]: where each segment's queries begin */                   \
-                        const unsigned* kv_lens,       /* [n] */                                                           \
-                        const unsigned* block_tables,  /* [_, table_stride] */                                             \
-                        int table_stride, int n, int group, float scale,                                                   \
-                        const unsigned* table_rows,    /* [n]: each segment's row of block_tables, or null: its own */     \
-                        bf16* out,                     /* [rows, group kv_heads, HD] */                                    \
-                        float* lse,                    /* [rows, group kv_heads] or null */                                \
+#define DECODE(HD)                                                                                                           \
+  GLOBAL void __launch_bounds__(THREADS, 3)                                                                                  \
+  attention_decode_##HD(const bf16* q,                 /* [rows, q_stride], the first group kv_heads HD of them */           \
+                        int q_stride,                                                                                        \
+                        const bf16* k, const bf16* v,  /* [pages, kv_heads, PAGE, HD] */                                     \
+                        const unsigned* cu_seqlens,    /* [n + 1]: where each segment's queries begin */                     \
+                        const unsigned* kv_lens,       /* [n] */                                                             \
+                        const unsigned* block_tables,  /* [_, table_stride] */                                               \
+                        const unsigned* table_rows,    /* [n]: which row is each segment's */                                \
+                        int table_stride, int n, int group, float scale,                                                     \
+                        bf16* out,                     /* [rows, group kv_heads, HD] */                                      \
+                        float* lse,                    /* [rows, group kv_heads] or null */                                  \
                         float* part_values,            /* [rows, group kv_heads, cuts, HD], or null with one block a tile */ \
-                        float* part_sums,              /* [rows, group kv_heads, cuts, 2], likewise */                     \
-                        int cuts) {                                                                                        \
-    decode<HD>(q, q_stride, k, v, cu_seqlens, kv_lens, block_tables, table_stride, n, group, scale, table_rows, out, lse,  \
-               {part_values, part_sums, cuts});                                                                            \
-  }                                                                                                                        \
+                        float* part_sums,              /* [rows, group kv_heads, cuts, 2], likewise */                       \
+                        int cuts) {                                                                                          \
+    decode<HD>(q, q_stride, k, v, cu_seqlens, kv_lens, {block_tables, table_rows, table_stride}, n, group, scale,            \
+               out, lse, {part_values, part_sums, cuts});                                                                    \
+  }                                                                                                                          \
   KERNEL(attention_decode_##HD, THREADS)
 DECODE(16);
 DECODE(64);

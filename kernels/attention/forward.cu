@@ -143,12 +143,12 @@ __device__ __forceinline__ void forward_tile(const Tile& tile, const Rows<const 
 
 template <int HD>
 __device__ __forceinline__ void paged_forward(const bf16* q, int q_stride, const bf16* k, const bf16* v, const unsigned* cu_seqlens,
-                                              const unsigned* kv_lens, const unsigned* block_tables, int table_stride, int n,
-                                              int group, float scale, const unsigned* table_rows, bf16* out, float* lse) {
+                                              const unsigned* kv_lens, const Tables& tables, int n,
+                                              int group, float scale, bf16* out, float* lse) {
   Tile tile;
   if (!find_tile(tile, gridDim.x - 1 - blockIdx.x, TILE, cu_seqlens, kv_lens, n, group, true)) return;
   const int kv_heads = gridDim.y, head = blockIdx.y, heads = kv_heads * group;
-  const PagedKeys<HD> keys = {k, v, table_of(tile.segment, block_tables, table_rows, table_stride), kv_heads, head};
+  const PagedKeys<HD> keys = {k, v, tables.of(tile.segment), kv_heads, head};
   const size_t row = tile.query;
   forward_tile<HD>(tile, {q + row * q_stride + head * group * HD, q_stride, group}, keys, scale,
                    {out + (row * heads + head * group) * HD, heads * HD, group},
@@ -177,11 +177,11 @@ __device__ __forceinline__ void varlen_forward(const bf16* qkv, const unsigned* 
                                const unsigned* cu_seqlens,     /* [n + 1]: where each segment's queries begin */           \
                                const unsigned* kv_lens,        /* [n] */                                                   \
                                const unsigned* block_tables,   /* [_, table_stride] */                                     \
+                               const unsigned* table_rows,     /* [n]: which row is each segment's */                      \
                                int table_stride, int n, int group, float scale,                                            \
-                               const unsigned* table_rows,     /* [n]: each segment's row of block_tables, or null: its own */ \
                                bf16* out,                      /* [rows, group kv_heads, HD] */                            \
                                float* lse) {                   /* [rows, group kv_heads] or null */                        \
-    paged_forward<HD>(q, q_stride, k, v, cu_seqlens, kv_lens, block_tables, table_stride, n, group, scale, table_rows,     \
+    paged_forward<HD>(q, q_stride, k, v, cu_seqlens, kv_lens, {block_tables, table_rows, table_stride}, n, group, scale,   \
                       out, lse);                                                                                           \
   }                                                                                                                        \
   KERNEL(attention_paged_forward_##HD, THREADS)
@@ -191,15 +191,15 @@ PAGED_FORWARD(80);
 PAGED_FORWARD(128);
 
 // Within packed windows of rows. Grid: places of tiles, heads.
-#define VARLEN_FORWARD(HD)                                                                                \
-  GLOBAL void __launch_bounds__(THREADS, 2)                                                               \
-  attention_varlen_forward_##HD(const bf16* qkv,             /* [rows, 3, heads, HD] */                   \
+#define VARLEN_FORWARD(HD)                                                                                 \
+  GLOBAL void __launch_bounds__(THREADS, 2)                                                                \
+  attention_varlen_forward_##HD(const bf16* qkv,             /* [rows, 3, heads, HD] */                    \
                                 const unsigned* cu_seqlens,  /* [n + 1]: where each window's rows begin */ \
-                                int n, float scale, int causal,                                           \
-                                bf16* out,                   /* [rows, heads, HD] */                      \
-                                float* lse) {                /* [rows, heads] or null */                  \
-    varlen_forward<HD>(qkv, cu_seqlens, n, scale, causal, out, lse);                                      \
-  }                                                                                                       \
+                                int n, float scale, int causal,                                            \
+                                bf16* out,                   /* [rows, heads, HD] */                       \
+                                float* lse) {                /* [rows, heads] or null */                   \
+    varlen_forward<HD>(qkv, cu_seqlens, n, scale, causal, out, lse);                                       \
+  }                                                                                                        \
   KERNEL(attention_varlen_forward_##HD, THREADS)
 VARLEN_FORWARD(16);
 VARLEN_FORWARD(64);

@@ -3,12 +3,12 @@
 // A row is a query of one query head. The query heads that share a KV head are rows of one tile, so that a key is read once
 // for all of them: row r of a segment is head r % group of query r / group. Products are mma.m16n8k16 of bf16 with f32 sums.
 #pragma once
+#include "include/pages.cuh"
 #include "include/ptx.cuh"
-#include "include/vectors.cuh"
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
 constexpr int KV_CUT = 128;  // keys of a cut: where the sums over keys start fresh
-constexpr int PAGE = 32;     // tokens of a page
+constexpr int PAGE = BLOCK;  // tokens of a page
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 // ---- which rows ----
@@ -71,15 +71,19 @@ struct PagedKeys {
   const unsigned* table;
   int kv_heads, head;
   __device__ __forceinline__ size_t at(int key) const {
-    return ((static_cast<size_t>(table[key / PAGE]) * kv_heads + head) * PAGE + key % PAGE) * HD;
+    return in_pages(table[key / PAGE] * BLOCK + key % PAGE, head, kv_heads, HD);
   }
 };
 
-// The block table of a segment: row `table_rows[segment]` of them, or with null its own.
-__device__ __forceinline__ const unsigned* table_of(int segment, const unsigned* block_tables, const unsigned* table_rows,
-                                                    int table_stride) {
-  return block_tables + static_cast<size_t>(table_rows ? table_rows[segment] : segment) * table_stride;
-}
+// Block tables, and which of their rows is each segment's.
+struct Tables {
+  const unsigned* block_tables;  // [_, stride]
+  const unsigned* rows;          // [n]
+  int stride;
+  __device__ __forceinline__ const unsigned* of(int segment) const {
+    return block_tables + static_cast<size_t>(rows[segment]) * stride;
+  }
+};
 
 // In the rows of the queries, from the segment's first.
 struct RowKeys {

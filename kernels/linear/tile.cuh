@@ -43,9 +43,9 @@ __device__ __forceinline__ void store_staged(const float* staged,  // [TOKENS][S
   const int column = thread % VECTORS * 8, output = at.output + column;
   if (output >= n) return;
   const bool whole = n % 8 == 0;
-  const bool aligned = whole && reinterpret_cast<uintptr_t>(y) % 16 == 0 && reinterpret_cast<uintptr_t>(residual) % 16 == 0;
+  const bool aligned = whole && aligned16(y) && aligned16(residual);
   float b[8] = {};
-  if (bias) load8(b, bias, output, n, whole && reinterpret_cast<uintptr_t>(bias) % 16 == 0);
+  if (bias) load8(b, bias, output, n, whole && aligned16(bias));
 #pragma unroll 2
   for (int t = thread / VECTORS; t < TOKENS; t += THREADS / VECTORS) {
     if (at.token + t >= m) break;
@@ -78,6 +78,7 @@ __device__ __forceinline__ void store_gated(const float* staged,  // [TOKENS][ST
   const int column = thread % VECTORS * 8, output = at.output + column;
   if (output >= width) return;
   const bool whole = width % 8 == 0, aligned = whole && aligned16(y), aligned_bias = whole && aligned16(bias);
+  const bf16* up_bias = bias ? bias + width : nullptr;
   // Few registers are free beside the sums: each half is rounded before the next is read, and biases are read again for each token.
   auto rounded = [&](const float* sums, const bf16* of) {
     float v[8], b[8] = {};
@@ -92,7 +93,7 @@ __device__ __forceinline__ void store_gated(const float* staged,  // [TOKENS][ST
   for (int t = thread / VECTORS; t < TOKENS; t += THREADS / VECTORS) {
     if (at.token + t >= m) break;
     const float* sums = staged + t * STAGED_ROW<OUTPUTS>;
-    const bf16x8 gate = rounded(sums, bias), up = rounded(sums + HALF, bias + width);
+    const bf16x8 gate = rounded(sums, bias), up = rounded(sums + HALF, up_bias);
     float h[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) h[i] = swiglu(to_float(gate.at[i]), to_float(up.at[i]));

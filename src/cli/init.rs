@@ -38,7 +38,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         ));
     }
     let tokenizer = match &args.tokenizer {
-        Some(path) => Some(std::fs::read(path).map_err(|e| Error::io("read the tokenizer", path, e))?),
+        Some(path) => Some(crate::files::read(path).map_err(|e| Error::io("read the tokenizer", path, e))?),
         None if args.preset == Preset::Tiny => Some(TINY_TOKENIZER.to_vec()),
         None => None,
     };

@@ -10,7 +10,8 @@ const PART_ALIGN: usize = 16;
 /// grow in between.
 pub struct Inputs {
     device: Device,
-    memory: Buffer,
+    /// `None` before anything was sent, where there was no room from the start.
+    memory: Option<Buffer>,
     staged: Vec<u8>,
 }
 
@@ -25,7 +26,8 @@ pub struct Input {
 impl Inputs {
     /// Room for `bytes` bytes on `device`, with up to 16 for each list besides its elements.
     pub fn new(device: &Device, bytes: usize) -> Inputs {
-        Inputs { device: device.clone(), memory: device.zeros(DType::U8, bytes), staged: Vec::with_capacity(bytes) }
+        let memory = (bytes > 0).then(|| device.zeros(DType::U8, bytes));
+        Inputs { device: device.clone(), memory, staged: Vec::with_capacity(bytes) }
     }
 
     /// Forgets all lists.
@@ -55,15 +57,18 @@ impl Inputs {
 
     /// Submits the copy. The memory grows where it is too small: what earlier buffers name stays as long as they do.
     pub fn send(&mut self, s: &Stream) {
-        if self.memory.len() < self.staged.len() {
-            self.memory = self.device.alloc(DType::U8, self.staged.len());
-        }
-        s.write(&self.memory, &self.staged);
+        let memory = match self.memory.take().filter(|memory| memory.len() >= self.staged.len()) {
+            Some(memory) => memory,
+            None => self.device.alloc(DType::U8, self.staged.len()),
+        };
+        s.write(&memory, &self.staged);
+        self.memory = Some(memory);
     }
 
     /// A list as it was sent. Panics if there is no such list.
     pub fn get(&self, input: Input) -> Buffer {
-        self.memory.part(input.start, input.dtype, input.len)
+        let memory = self.memory.as_ref().expect("lists that were sent, or have room");
+        memory.part(input.start, input.dtype, input.len)
     }
 }
 

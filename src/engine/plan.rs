@@ -89,7 +89,9 @@ impl Plan {
         i.slots.extend((from..to).map(|at| s.blocks[at / block] * block as u32 + (at % block) as u32));
         i.cu_seqlens_q.push(i.ids.len() as u32);
         i.kv_lens.push(to as u32);
-        i.table_rows.extend(s.blocks.row());
-        i.table_changes.extend(s.blocks.changes());
+        if let Some((row, new)) = s.blocks.update() {
+            i.table_rows.push(row);
+            i.table_changes.extend(new);
+        }
     }
 }

@@ -305,12 +305,11 @@ impl Scheduler {
                 return false;
             }
         }
+        // There is a row: whoever stops running gives its own back.
+        let Some(row) = self.table_rows.pop() else { return false };
+        self.sequences.get_mut(&id).into_iter().for_each(|s| s.blocks.enter(row));
         self.waiting.remove(&id);
         self.running.insert(id);
-        // There is one: whoever stops running gives its row back.
-        if let (Some(row), Some(s)) = (self.table_rows.pop(), self.sequences.get_mut(&id)) {
-            s.blocks.enter(row);
-        }
         true
     }
 

@@ -37,11 +37,6 @@ impl PageTable {
         self.pages.iter().for_each(|&b| blocks.retain(b));
     }
 
-    /// The row that it has.
-    pub fn row(&self) -> Option<u32> {
-        self.row
-    }
-
     /// Gives it a row, of which nothing is known.
     pub fn enter(&mut self, row: u32) {
         (self.row, self.known) = (Some(row), 0);
@@ -52,11 +47,12 @@ impl PageTable {
         self.row.take()
     }
 
-    /// What the row has to be told, now that it is to hold all pages; asked again there is nothing more.
-    pub fn changes(&mut self) -> impl Iterator<Item = TableEntry> + '_ {
+    /// The row, and what it has to be told now that it is to hold all pages: asked again, nothing more. `None`: it has none.
+    pub fn update(&mut self) -> Option<(u32, impl Iterator<Item = TableEntry> + '_)> {
+        let row = self.row?;
         let known = std::mem::replace(&mut self.known, self.pages.len());
-        let row = self.row.unwrap_or(u32::MAX);
-        (known..).zip(&self.pages[known..]).map(move |(i, &page)| TableEntry { row, index: i as u32, page })
+        let new = (known..).zip(&self.pages[known..]);
+        Some((row, new.map(move |(i, &page)| TableEntry { row, index: i as u32, page })))
     }
 }
 
@@ -74,7 +70,11 @@ mod tests {
     #[test]
     fn a_row_is_told_what_has_changed_and_nothing_twice() {
         let mut t = PageTable::default();
-        let told = |t: &mut PageTable| t.changes().map(|e| (e.row, e.index, e.page)).collect::<Vec<_>>();
+        let told = |t: &mut PageTable| {
+            let (row, new) = t.update().unwrap();
+            new.inspect(|e| assert_eq!(e.row, row)).map(|e| (e.row, e.index, e.page)).collect::<Vec<_>>()
+        };
+        assert!(t.update().is_none());
         t.push(7);
         t.push(8);
         t.enter(3);

@@ -143,9 +143,9 @@ impl StepBatch {
             image_sources: nothing.clone(),
             segments: Segments {
                 cu_seqlens_q: nothing.clone(),
-                kv_lens: nothing,
+                kv_lens: nothing.clone(),
                 block_tables: device.zeros(DType::U32, segments * blocks_per_segment),
-                table_rows: None,
+                table_rows: nothing,
                 stride: blocks_per_segment,
                 n: 0,
                 rows: 0,
@@ -214,7 +214,7 @@ impl StepBatch {
         (self.ids, self.positions, self.slots) = (i.get(ids), i.get(positions), i.get(slots));
         (self.image_rows, self.image_sources) = (i.get(image_rows), i.get(image_sources));
         (self.segments.cu_seqlens_q, self.segments.kv_lens) = (i.get(cu_seqlens_q), i.get(kv_lens));
-        self.segments.table_rows = Some(i.get(table_rows));
+        self.segments.table_rows = i.get(table_rows);
         rows::put(s, changes, &i.get(places), None, &i.get(pages), &self.segments.block_tables);
         more
     }

@@ -53,7 +53,9 @@ pub fn scatter_add(s: &Stream, src: &Buffer, index: &Buffer, dst: &Buffer, n: us
 /// `to[index[i]] = from[source[i]]` for i in `0..n`, or `from[i]` without `source`: what a step changes in lists that stay on the
 /// device. All u32; no place is named twice.
 pub fn put(s: &Stream, n: usize, index: &Buffer, source: Option<&Buffer>, from: &Buffer, to: &Buffer) {
-    assert!(!to.overlaps(index) && !to.overlaps(from), "values put into the buffer that they come from");
+    let apart = [Some(index), source, Some(from)].into_iter().flatten().all(|b| !to.overlaps(b));
+    assert!(apart, "values put into a buffer that says where they come from");
+    assert!(source.is_some() || from.len() >= n, "{n} values of {from:?}");
     let (index, source) = (index.view(0, n), source.map(|s| s.view(0, n)));
     let (from, to) = (from.clone(), to.clone());
     match s.backend() {

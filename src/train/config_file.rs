@@ -34,7 +34,7 @@ impl RunConfig {
     pub fn read(file: Option<&Path>, overrides: &[String]) -> Result<RunConfig> {
         match file {
             Some(path) => {
-                let text = std::fs::read_to_string(path).map_err(|e| Error::io("read the run file", path, e))?;
+                let text = crate::files::read_to_string(path).map_err(|e| Error::io("read the run file", path, e))?;
                 RunConfig::read_text(&text, &path.display().to_string(), overrides)
             }
             None => RunConfig::read_text("", "the run file", overrides),

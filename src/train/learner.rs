@@ -4,7 +4,7 @@ use super::Optimizer;
 use super::batch::MicroBatch;
 use super::config::Optim;
 use super::optimizer::Update;
-use crate::device::{Buffer, DType, Device, Stream};
+use crate::device::{Buffer, DType, Stream};
 use crate::model::Model;
 use crate::model::train::{self, Activations, BatchSize, GradStore, MemoryPlan, TrainBatch};
 use crate::ops::loss::{self, Kl, LossRows, Objective, Outputs};
@@ -235,7 +235,7 @@ impl Learner {
         let Room { acts, dhidden, .. } = self.room.insert(room);
         let hidden = train::forward(&model, &s, batch, acts)?;
 
-        let entries = loss_rows(&device, batch, micro);
+        let entries = loss_rows(&s, batch, micro);
         let field =
             |f: fn(&super::batch::Entry) -> f32| device.upload(&micro.entries.iter().map(f).collect::<Vec<_>>());
         let (weight, old_logp, advantage) = (field(|e| e.weight), field(|e| e.old_logp), field(|e| e.advantage));
@@ -296,7 +296,7 @@ pub fn logprobs(model: &Model, micros: &[MicroBatch], forbidden: &[u32]) -> Resu
         let batch = TrainBatch::pack(c, device, &s, &micro.groups)?;
         let acts = acts.get_or_insert_with(|| Activations::forward_only(model, &batch));
         let hidden = train::forward(model, &s, &batch, acts)?;
-        let entries = loss_rows(device, &batch, micro);
+        let entries = loss_rows(&s, &batch, micro);
         let logp = device.alloc(DType::F32, entries.len());
         loss::logprobs(&s, &hidden, &model.text.head, &entries, &forbidden, &logits, &logp, None);
         all.extend(s.read::<f32>(&logp).wait()?);
@@ -304,18 +304,19 @@ pub fn logprobs(model: &Model, micros: &[MicroBatch], forbidden: &[u32]) -> Resu
     Ok(all)
 }
 
-fn loss_rows(device: &Device, batch: &TrainBatch, micro: &MicroBatch) -> LossRows {
+fn loss_rows(s: &Stream, batch: &TrainBatch, micro: &MicroBatch) -> LossRows {
     let e = &micro.entries;
     let rows: Vec<u32> = e.iter().map(|e| batch.completion_row(e.group, e.completion, e.index) as u32).collect();
     let targets: Vec<u32> = e.iter().map(|e| e.target).collect();
     let temperature: Vec<f32> = e.iter().map(|e| e.temperature).collect();
-    LossRows::new(device, &rows, &targets, &temperature)
+    LossRows::new(s, &rows, &targets, &temperature)
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::batch::Entry;
     use super::*;
+    use crate::device::Device;
     use crate::engine::{Engine, EngineOptions, Request, Sampling};
     use crate::input::{Image, Prompt};
     use crate::model::train::Group;

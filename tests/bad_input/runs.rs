@@ -154,6 +154,8 @@ fn paths_that_lead_nowhere_are_told_apart() {
     );
     fs::write(f.path("run.toml"), b"[run]\nname = \"\xff\"\n").unwrap();
     fails(&["train", &f.at("run.toml")], &["run.toml", "UTF-8"]);
+    fails(&["train", "/dev/zero"], &["/dev/zero", "not a regular file"]);
+    fails(&["init", "tiny", &f.at("new"), "--tokenizer", "/dev/zero"], &["/dev/zero", "not a regular file"]);
     fs::create_dir_all(f.path("half/checkpoints")).unwrap();
     fails(&["chat", &f.at("half")], &["half", "without its config.toml", "to mend it"]);
 }

@@ -108,8 +108,8 @@ impl World {
         KvLayer { k, v }
     }
 
-    /// With `backwards` the block tables lie in the opposite order, and the segments name their rows.
-    fn segments(&self, d: &Device, parts: &[Part], backwards: bool) -> Segments {
+    /// The block tables lie in the opposite order, and the segments name their rows.
+    fn segments(&self, d: &Device, parts: &[Part]) -> Segments {
         let stride = self.seqs.iter().map(|s| s.table.len()).max().unwrap() + 1;
         let mut cu = vec![0u32];
         // Entries past the context name no page at all.
@@ -117,8 +117,7 @@ impl World {
         for (i, (seq, tokens)) in parts.iter().enumerate() {
             cu.push(cu[i] + tokens.len() as u32);
             let n = tokens.end.div_ceil(BLOCK);
-            let row = if backwards { parts.len() - 1 - i } else { i };
-            tables[row * stride..][..n].copy_from_slice(&self.seqs[*seq].table[..n]);
+            tables[(parts.len() - 1 - i) * stride..][..n].copy_from_slice(&self.seqs[*seq].table[..n]);
         }
         let kv: Vec<u32> = parts.iter().map(|p| p.1.end as u32).collect();
         let (n, rows) = (parts.len(), cu[parts.len()] as usize);
@@ -126,7 +125,7 @@ impl World {
             cu_seqlens_q: d.upload(&cu),
             kv_lens: d.upload(&kv),
             block_tables: d.upload(&tables),
-            table_rows: backwards.then(|| d.upload(&(0..n as u32).rev().collect::<Vec<_>>())),
+            table_rows: d.upload(&(0..n as u32).rev().collect::<Vec<_>>()),
             stride,
             n,
             rows,
@@ -142,7 +141,7 @@ impl World {
 
     fn forward(&self, d: &Device, parts: &[Part], pad: usize) -> (Vec<bf16>, Vec<f32>) {
         let (s, Shape { hq, hkv, hd }) = (d.stream(), self.shape);
-        let (kv, seg) = (self.cache(d, parts), self.segments(d, parts, true));
+        let (kv, seg) = (self.cache(d, parts), self.segments(d, parts));
         let q = d.upload(&self.queries(parts, pad));
         let (out, lse) = (d.alloc(DType::BF16, seg.rows * hq * hd), d.alloc(DType::F32, seg.rows * hq));
         paged_forward(&s, &q, hq * hd + pad, &kv, &seg, hq, hkv, hd, self.shape.scale(), &out, Some(&lse));
@@ -341,7 +340,7 @@ fn paged_backward_is_its_derivative() {
         let mut first: Option<(Vec<bf16>, Vec<u32>, Vec<u32>)> = None;
         for (d, pad) in devices().into_iter().zip(PADS) {
             let (s, stride) = (d.stream(), hq * hd + pad);
-            let (kv, seg) = (w.cache(&d, &parts), w.segments(&d, &parts, false));
+            let (kv, seg) = (w.cache(&d, &parts), w.segments(&d, &parts));
             let q = d.upload(&w.queries(&parts, pad));
             let (out, lse) = (d.alloc(DType::BF16, rows * hq * hd), d.alloc(DType::F32, rows * hq));
             paged_forward(&s, &q, stride, &kv, &seg, hq, hkv, hd, shape.scale(), &out, Some(&lse));

@@ -154,7 +154,7 @@ fn run(d: &Device, c: &Case, kind: Kind, rows_at_a_time: usize) -> Got {
     let (s, n, head) = (d.stream(), c.rows.len(), head(d, c));
     let (hidden, dhidden, dhead) = (d.upload(&c.hidden), d.upload(&c.dhidden), d.upload(&c.dhead));
     let (forbidden, weight) = (d.upload(&c.forbidden), d.upload(&c.weight));
-    let entries = LossRows::new(d, &c.rows, &c.targets, &c.temperature);
+    let entries = LossRows::new(&s, &c.rows, &c.targets, &c.temperature);
     let ws = Workspace::new(d, c.v, c.h, 100, rows_at_a_time * c.v * 4);
     let [old, reference, advantage] = [&c.old, &c.reference, &c.advantage].map(|x| d.upload(x));
     let objective = match kind {
@@ -258,7 +258,7 @@ fn chunks_and_orders_of_warps_change_no_bit_of_what_an_entry_gets() {
             assert!(dhead.iter().zip(&whole.2).all(|(a, b)| (a - b).abs() <= 1e-5 * (1.0 + b.abs())));
         }
     }
-    let none = LossRows::new(&devices()[0], &[], &[], &[]);
+    let none = LossRows::new(&devices()[0].stream(), &[], &[], &[]);
     assert_eq!((none.len(), none.distinct()), (0, 0));
 }
 

@@ -51,7 +51,7 @@ impl<'a> Scored<'a> {
             .flat_map(|(c, tokens)| (0..tokens.len()).map(move |i| (c, i)))
             .map(|(c, i)| batch.completion_row(0, c, i) as u32)
             .collect();
-        let rows = LossRows::new(d, &rows, &completions.concat(), &vec![1.0; rows.len()]);
+        let rows = LossRows::new(&d.stream(), &rows, &completions.concat(), &vec![1.0; rows.len()]);
         let forbidden = d.upload(&vec![0u32; forbidden_words(model.config.vocab_size)]);
         Scored { model, batch, acts, rows, forbidden }
     }
@@ -131,7 +131,7 @@ fn losses_of(d: &Device, logp: &[f32], objective: Objective<'_>) -> Vec<f32> {
     linear::pack(&[0.0, 1.0], 2, 1, &mut packed);
     let head = Weight { data: d.upload(&packed), n: 2, k: 1 };
     let logits: Vec<f32> = logp.iter().map(|&l| (l as f64 - (-(l as f64).exp()).ln_1p()) as f32).collect();
-    let rows = LossRows::new(d, &(0..n as u32).collect::<Vec<_>>(), &vec![1; n], &vec![1.0; n]);
+    let rows = LossRows::new(&s, &(0..n as u32).collect::<Vec<_>>(), &vec![1; n], &vec![1.0; n]);
     let (out, zeros) = (Outputs::new(d, n), d.upload(&vec![0f32; n]));
     loss::forward_backward(
         &s,

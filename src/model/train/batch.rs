@@ -136,8 +136,6 @@ impl TrainBatch {
         let slots: Vec<Input> =
             step.upload_with(s, &l.input, None, |i| copies.iter().map(|(.., slots)| i.put_all(slots)).collect());
         step.copies = copies.iter().zip(slots).map(|(&(row, n, _), slots)| (row, n, step.added(slots))).collect();
-        // Every segment has the row of its own number.
-        step.segments.table_rows = None;
         Ok(TrainBatch {
             step,
             patches: l.images.iter().map(|i| i.grid.patches()).sum(),

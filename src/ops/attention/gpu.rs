@@ -69,7 +69,7 @@ fn check(heads: &Heads, rows: usize, q_stride: usize, strided: &[&Buffer], wide:
 
 impl Paged {
     /// The arguments that every kernel over pages begins with.
-    fn args<'a>(&'a self, q: &'a Buffer, q_stride: usize) -> [Arg<'a>; 11] {
+    fn args<'a>(&'a self, q: &'a Buffer, q_stride: usize) -> [Arg<'a>; 12] {
         let s = &self.segments;
         [
             Arg::Buffer(q),
@@ -79,6 +79,7 @@ impl Paged {
             Arg::Buffer(&s.cu_seqlens_q),
             Arg::Buffer(&s.kv_lens),
             Arg::Buffer(&s.block_tables),
+            Arg::Buffer(&s.table_rows),
             Arg::len(s.stride),
             Arg::len(s.n),
             Arg::len(self.heads.group),
@@ -94,7 +95,7 @@ impl Paged {
         }
         let lse = Arg::maybe(lse, DType::F32);
         let mut args = self.args(q, q_stride).to_vec();
-        args.extend([Arg::maybe(s.table_rows.as_ref(), DType::U32), Arg::Buffer(out), lse]);
+        args.extend([Arg::Buffer(out), lse]);
         let rows = s.rows * heads.group;
         if rows > DECODE_TILE * s.n {
             let launch = grid(rows, TILE, s.n, heads.hkv, shared(2 * KV_CUT + TILE, heads));
@@ -141,7 +142,6 @@ impl Paged {
     ) {
         let (s, heads) = (&self.segments, &self.heads);
         let Given { out, lse, dout } = *given;
-        assert!(s.table_rows.is_none(), "the gradients' kernels take block tables in the order of the segments");
         check(heads, s.rows, q_stride, &[q, dq], &[out, dout], &[lse]);
         if s.rows == 0 || !served(gpu, heads) {
             return;

@@ -41,8 +41,8 @@ pub struct Segments {
     pub kv_lens: Buffer,
     /// u32 `[_, stride]`: the pages of each segment in order; `kv_len / BLOCK` of them, rounded up, are read.
     pub block_tables: Buffer,
-    /// u32 `[n]`: which row of the block tables is each segment's. `None`: its own number.
-    pub table_rows: Option<Buffer>,
+    /// u32 `[n]`: which row of the block tables is each segment's.
+    pub table_rows: Buffer,
     /// Entries of a segment's block table.
     pub stride: usize,
     /// Segments.
@@ -81,10 +81,8 @@ impl Paged {
     unsafe fn segments(&self, rows: usize) -> Vec<Segment> {
         let Segments { cu_seqlens_q, kv_lens, block_tables, table_rows, stride, n, .. } = &self.segments;
         // SAFETY: by contract.
-        let (cu, kv_lens, tables) =
-            unsafe { (cu_seqlens_q.get::<u32>(), kv_lens.get::<u32>(), block_tables.get::<u32>()) };
-        // SAFETY: by contract.
-        let table_rows = table_rows.as_ref().map(|b| unsafe { b.get::<u32>() });
+        let [cu, kv_lens, tables, table_rows] =
+            unsafe { [cu_seqlens_q, kv_lens, block_tables, table_rows].map(|b| b.get::<u32>()) };
         let mut segments = Vec::with_capacity(*n);
         for (i, (cu, &kv_len)) in cu[..=*n].windows(2).zip(&kv_lens[..*n]).enumerate() {
             let (from, to, kv_len) = (cu[0] as usize, cu[1] as usize, kv_len as usize);
@@ -93,7 +91,7 @@ impl Paged {
                 "segment {i}: queries {from}..{to} of {rows}, {kv_len} keys"
             );
             assert!(kv_len <= stride * BLOCK, "segment {i}: {kv_len} keys in a table of {stride} pages");
-            let table_row = table_rows.map_or(i, |rows| rows[i] as usize);
+            let table_row = table_rows[i] as usize;
             let table = &tables[table_row * stride..][..kv_len.div_ceil(BLOCK)];
             assert!(
                 table.iter().all(|&p| (p as usize) < self.pages),

@@ -115,7 +115,7 @@ impl World {
             cu_seqlens_q: d.upload(&cu),
             kv_lens: d.upload(&kv),
             block_tables: d.upload(&tables),
-            table_rows: Some(d.upload(&(0..parts.len() as u32).rev().collect::<Vec<_>>())),
+            table_rows: d.upload(&(0..parts.len() as u32).rev().collect::<Vec<_>>()),
             stride,
             n: parts.len(),
             rows: *cu.last().unwrap() as usize,

@@ -136,7 +136,7 @@ pub fn forward(s: &Stream, x: &Buffer, w: &Weight, epilogue: Epilogue, y: &Buffe
 
 /// `h[m, n / 2] = silu(gate) up` of `[gate, up] = x[m, k] W^T + bias`, with the bits of [`forward`] and
 /// [`swiglu::forward`](super::swiglu::forward). On a GPU in one pass; elsewhere `gate_up`, `[m, n]`, takes what is in between.
-/// Panics if `h` or `gate_up` overlaps `x`.
+/// Panics if any of `x`, `gate_up` and `h` overlap.
 pub fn forward_gated(
     s: &Stream,
     x: &Buffer,
@@ -149,20 +149,17 @@ pub fn forward_gated(
     check(s, w);
     let (n, k) = (w.n, w.k);
     assert!(n.is_multiple_of(2), "as many gates as ups in {n} outputs");
+    assert!(x.len() >= m * k && h.len() >= m * n / 2, "{m} rows of a weight [{n}, {k}]: x is {x:?}, h is {h:?}");
+    assert!(!h.overlaps(x) && !h.overlaps(gate_up) && !gate_up.overlaps(x), "x, gate_up and h apart");
+    assert!(bias.is_none_or(|b| b.len() >= n), "a bias of {bias:?} for {n} outputs");
+    let float = s.device().float();
+    assert!([x, h].into_iter().chain(bias).all(|b| b.dtype() == float), "{x:?}, {h:?} and {bias:?} of {float:?}");
     match s.backend() {
         Backend::Cpu(_) => {
             forward(s, x, w, bias.map_or(Epilogue::None, Epilogue::Bias), gate_up, m);
             super::swiglu::forward(s, gate_up, h, m, n / 2);
         }
-        Backend::Gpu(gpu) => {
-            assert!(
-                x.len() >= m * k && h.len() >= m * n / 2,
-                "{m} rows of a weight [{n}, {k}]: x is {x:?}, h is {h:?}"
-            );
-            assert!(!h.overlaps(x), "h apart from x");
-            assert!(bias.is_none_or(|b| b.len() >= n), "a bias of {bias:?} for {n} outputs");
-            gpu::forward(gpu, x, w, gpu::Then::Gate { bias }, h, m);
-        }
+        Backend::Gpu(gpu) => gpu::forward(gpu, x, w, gpu::Then::Gate { bias }, h, m),
     }
 }
 

@@ -40,8 +40,8 @@ pub struct LossRows {
 
 impl LossRows {
     /// Entry e scores the token `targets[e]` by the logits of `rows[e]` of the hidden states at `temperature[e]` (0 as 1,
-    /// see [`softmax::scoring_temperature`]). Rows may repeat and come in any order.
-    pub fn new(device: &Device, rows: &[u32], targets: &[u32], temperature: &[f32]) -> LossRows {
+    /// see [`softmax::scoring_temperature`]). Rows may repeat and come in any order. The lists are uploaded on `s`.
+    pub fn new(s: &Stream, rows: &[u32], targets: &[u32], temperature: &[f32]) -> LossRows {
         let n = rows.len();
         assert!(targets.len() == n && temperature.len() == n, "a target and a temperature for each of {n} entries");
         let mut order: Vec<u32> = (0..n as u32).collect();
@@ -54,14 +54,14 @@ impl LossRows {
             }
         }
         start.push(n as u32);
-        let mut inputs = Inputs::new(device, 0);
+        let mut inputs = Inputs::new(s.device(), 0);
         let [unique, targets] = [&unique, targets].map(|list| inputs.put_all(list));
         let listed = inputs.put_all(temperature);
-        let runs = (!device.packs_weights()).then(|| gpu::Runs::put(&mut inputs, &start, &order, temperature));
-        let s = device.stream();
-        inputs.send(&s);
-        // Other streams may read the lists at once. A failure is kept.
-        let _ = s.synchronize();
+        let runs = match s.backend() {
+            Backend::Gpu(_) => Some(gpu::Runs::put(&mut inputs, &start, &order, temperature)),
+            Backend::Cpu(_) => None,
+        };
+        inputs.send(s);
         LossRows {
             n,
             unique: inputs.get(unique),

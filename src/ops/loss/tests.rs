@@ -128,7 +128,7 @@ fn run(d: &Device, c: &Case, kind: Kind, budget_rows: usize) -> Got {
     let dhead = d.upload(&packed(c, &base(c.v * c.h)));
     let (hidden, dhidden) = (d.upload(&c.hidden), d.upload(&base(c.t * c.h)));
     let (forbidden, weight) = (d.upload(&c.forbidden), d.upload(&c.weight));
-    let entries = LossRows::new(d, &c.rows, &c.targets, &c.temperature);
+    let entries = LossRows::new(&s, &c.rows, &c.targets, &c.temperature);
     let ws = Workspace::new(d, c.v, c.h, 100, budget_rows * c.v * 4);
     assert!(ws.bytes() <= budget_rows * 4 * (c.v + 2 * c.h));
     let (old, reference, advantage) = (d.upload(&c.old), d.upload(&c.reference), d.upload(&c.advantage));
@@ -269,10 +269,10 @@ fn the_sampler_reports_the_same_bits() {
 
 #[test]
 fn a_row_that_many_entries_share_goes_through_once() {
-    let d = Device::cpu(1);
-    let e = LossRows::new(&d, &[3, 9, 3, 3, 1], &[0; 5], &[1.0; 5]);
+    let s = Device::cpu(1).stream();
+    let e = LossRows::new(&s, &[3, 9, 3, 3, 1], &[0; 5], &[1.0; 5]);
     assert_eq!((e.len(), e.distinct()), (5, 3));
-    let none = LossRows::new(&d, &[], &[], &[]);
+    let none = LossRows::new(&s, &[], &[], &[]);
     assert_eq!((none.len(), none.distinct()), (0, 0));
 }
 

@@ -17,21 +17,24 @@ import sys
 def serve():
     import json, socket
     global home
-    home = os.getcwd()
     control = socket.socket(fileno=os.dup(0))
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
+    home = None
     try:
-        versions = warm_up()
+        home = os.getcwd()
+        said = warm_up()
     except BaseException as e:
-        control.send(json.dumps({"error": f"{type(e).__name__}: {e}"}).encode())
-        os._exit(1)
+        said = {"error": f"{type(e).__name__}: {e}"}
     try:
-        control.send(json.dumps(versions).encode())
+        control.send(json.dumps(said).encode())
     except OSError:  # varft went while everything was imported
-        shut_down({})
+        if home:
+            shut_down({})
+    if "error" in said:
+        os._exit(1)
     loop(control)
 
 
