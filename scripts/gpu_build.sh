@@ -22,10 +22,8 @@ export NVCC
 built="$(mktemp)"
 programs="$(mktemp -d)"
 trap 'rm -rf "$built" "$programs"' EXIT
-json=(--message-format=json-render-diagnostics)
-cargo build --release --locked "${json[@]}" --bin varft >"$built"
-cargo test --release --locked --no-run "${json[@]}" "${TESTS[@]/#/--test=}" >>"$built"
-cargo bench --locked --no-run "${json[@]}" "${BENCHES[@]/#/--bench=}" >>"$built"
+cargo build --release --locked --message-format=json-render-diagnostics --bin varft "${TESTS[@]/#/--test=}" \
+  "${BENCHES[@]/#/--bench=}" >"$built"
 
 # Kind, name and path of each program that cargo made.
 python3 - "$built" <<'PY' >"$programs/made"

@@ -22,6 +22,7 @@ pub(super) fn maker(op: &str, shape: &[usize]) -> Option<Make> {
         "attention_full_backward" => made(shape, |d, shape| packed_backward(d, shape, false)),
         "kv_cache_write" => made(shape, write),
         "kv_cache_gather" => made(shape, gather),
+        "rope_into_pages" => made(shape, rotate_and_write),
         _ => None,
     }
 }
@@ -110,6 +111,19 @@ fn write(d: &Maker, [n, held, hkv, hd]: [usize; 4]) -> impl Fn() + use<> {
     move || {
         let tokens = Tokens { rows: &rows, stride, k: (held - 2 * hkv) * hd, v: (held - hkv) * hd, slots: &slots, n };
         kv_cache::write(&s, &cache.layers[0], &cache, tokens)
+    }
+}
+
+/// The same with queries and keys turned on the way, by one angle, which keeps their length.
+fn rotate_and_write(d: &Maker, [n, hq, hkv, hd]: [usize; 4]) -> impl Fn() + use<> {
+    let (cache, stride) = (pages(d, n.div_ceil(BLOCK), hkv, hd), (hq + 2 * hkv) * hd);
+    let slots = d.device.upload(&(0..n as u32).collect::<Vec<_>>());
+    let (s, rows) = (d.stream(), d.random(n * stride));
+    let table = |value: f32| d.device.upload(&vec![value; n * hd / 2]);
+    let (cos, sin) = (table(0.8), table(0.6));
+    move || {
+        let tokens = Tokens { rows: &rows, stride, k: hq * hd, v: (hq + hkv) * hd, slots: &slots, n };
+        kv_cache::rotate_and_write(&s, &cache.layers[0], &cache, tokens, hq, &cos, &sin)
     }
 }
 

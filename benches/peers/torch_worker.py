@@ -211,6 +211,19 @@ def kv_cache_gather(tokens, held, heads, hd):
     return lambda: (k.index_select(0, slots).to(FLOAT), v.index_select(0, slots).to(FLOAT)), k, v, k
 
 
+def rope_into_pages(tokens, heads, kv_heads, hd):
+    rows, slots = rand(tokens, heads + 2 * kv_heads, hd), torch.arange(tokens)
+    turn, keys = rope(tokens, heads + kv_heads, heads + 2 * kv_heads, hd)[0], torch.zeros(tokens, kv_heads, hd, dtype=FLOAT)
+    values = torch.zeros_like(keys)
+
+    def step():
+        turned = turn()
+        keys.index_copy_(0, slots, turned[:, heads:])
+        values.index_copy_(0, slots, rows[:, heads + kv_heads:])
+        return turned
+    return step, rows, rows
+
+
 def rms_norm(rows, cols):
     x, w = rand(rows, cols), rand(cols)
     return lambda: F.rms_norm(x, (cols,), w, 1e-6), x
@@ -339,8 +352,8 @@ OPS = {f.__name__: f for f in (
     linear, linear_backward_input, linear_backward_weight, linear_backward_bias, patch_embed, patch_embed_backward_weight,
     logprobs, nll_forward_backward, grpo_forward_backward, attention_causal, attention_causal_backward, attention_prefill,
     attention_decode, attention_windows, attention_windows_backward, attention_full, attention_full_backward,
-    kv_cache_write, kv_cache_gather, rms_norm, rms_norm_backward, rope, rope_tables, swiglu, swiglu_backward, gelu,
-    gelu_backward, embedding, embedding_backward, rows_gather, rows_scatter_add, cast, norm, adamw)}
+    kv_cache_write, kv_cache_gather, rope_into_pages, rms_norm, rms_norm_backward, rope, rope_tables, swiglu,
+    swiglu_backward, gelu, gelu_backward, embedding, embedding_backward, rows_gather, rows_scatter_add, cast, norm, adamw)}
 OPS |= {"sample_greedy": sampler(lambda x, logp: x.argmax(-1, keepdim=True), 1),
         "sample_temperature": sampler(lambda x, logp: torch.multinomial(logp.exp(), 1), 0.7),
         "sample_top_k_50": sampler(top_k, 1), "sample_top_p_0.9": sampler(top_p, 1),
