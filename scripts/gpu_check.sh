@@ -60,8 +60,11 @@ PY
 export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}${libraries:+:$(tr '\n' ':' <<<"$libraries")}"
 export CARGO_MANIFEST_DIR="$PWD" CARGO_BIN_EXE_varft="$BINARIES/varft"
 export VARFT_TEST_DEVICE="$DEVICE" VARFT_BENCH_DEVICE="$DEVICE"
-VARFT_PYTHON="${VARFT_PYTHON:-$(command -v "$PYTHON")}"
-export VARFT_PYTHON
+# For the python tool of a whole run; without these packages varft looks for an environment itself.
+if [ -z "${VARFT_PYTHON:-}" ] && "$PYTHON" -c 'import cv2, numpy, PIL' 2>/dev/null; then
+  VARFT_PYTHON="$(command -v "$PYTHON")"
+  export VARFT_PYTHON
+fi
 
 # ---- the machine ----
 

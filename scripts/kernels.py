@@ -161,7 +161,7 @@ def work_table(names):
     for op, shape, pattern, flops, moved in work():
         found = sorted(name for name in names if pattern and re.fullmatch(pattern, name))
         # Kernels of one name with other tiles or heads are one entry.
-        families = dict.fromkeys(re.sub(r"_\d+(x\d+)?(_f32)?$", "_*", name) for name in found)
+        families = dict.fromkeys(re.sub(r"_\d+(x\d+)?(_f32)?(_gated)?$", r"_*\3", name) for name in found)
         floors = " | ".join(f"{1e6 * max(flops / f, moved / b):.1f}" for f, b in CARDS.values())
         kernels = ", ".join(f"`{name}`" for name in families) or "-"
         lines.append(f"| {op} | {shape} | {kernels} | {flops / 1e9:.2f} | {moved / 1e6:.2f} | {flops / moved:.1f} | {floors} |")

@@ -13,6 +13,7 @@ const LOGIT_BYTES: usize = 1 << 30;
 pub(super) fn maker(op: &str, shape: &[usize]) -> Option<Make> {
     match op {
         "linear" => made(shape, forward),
+        "linear_gated" => made(shape, gated),
         "linear_backward_input" => made(shape, backward_input),
         "linear_backward_weight" => made(shape, backward_weight),
         "linear_backward_bias" => made(shape, backward_bias),
@@ -37,6 +38,12 @@ fn weight(d: &Maker, n: usize, k: usize) -> Weight {
 fn forward(d: &Maker, [m, k, n]: [usize; 3]) -> impl Fn() + use<> {
     let (s, x, w, y) = (d.stream(), d.random(m * k), weight(d, n, k), d.zeros(m * n));
     move || linear::forward(&s, &x, &w, Epilogue::None, &y, m)
+}
+
+fn gated(d: &Maker, [m, k, n]: [usize; 3]) -> impl Fn() + use<> {
+    let (s, x, w, h) = (d.stream(), d.random(m * k), weight(d, 2 * n, k), d.zeros(m * n));
+    let gate_up = d.zeros(if d.device.packs_weights() { 2 * m * n } else { 0 });
+    move || linear::forward_gated(&s, &x, &w, None, &gate_up, &h, m)
 }
 
 fn backward_input(d: &Maker, [m, k, n]: [usize; 3]) -> impl Fn() + use<> {

@@ -83,7 +83,7 @@ def targets(op, shape, share, against):
     `against(peer)`: how many times as fast as PyTorch's case of that suffix."""
     tokens = int(shape.split("x")[0])
     of_copy = lambda: [("85% of the copy bandwidth", verdict(share, 0.85))]
-    if op == "linear":
+    if op in ("linear", "linear_gated"):
         return of_copy() if tokens <= 8 else [("0.9 of cuBLAS", against("", 0.9))]
     if op in ("attention_causal", "attention_prefill", "attention_windows", "attention_full"):
         return [("PyTorch's FlashAttention-2", against("", 1.0))]
@@ -132,7 +132,8 @@ def compare(us, them, case, rates):
     torch_ms = "; ".join(f"{1e3 * statistics.median(t):.4f}{' ' + s if s else ''}" for s, t in theirs.items())
     return [what, f"{1e3 * limit:.4f} ({'FLOPs' if arithmetic > memory else 'bytes'})", f"{1e3 * seconds:.4f}",
             f"{100 * limit / seconds:.0f}%", torch_ms or f"not run: {short(missing.get('', ''))}",
-            "; ".join(f"{ratio(s):.2f}" for s in theirs), "; ".join(goal for goal, _ in goals), "; ".join(cell for _, cell in goals)]
+            "; ".join(f"{ratio(s):.2f}" for s in theirs),
+            "; ".join(goal for goal, _ in goals), "; ".join(cell for _, cell in goals)]
 
 
 def step(us, case, rates):
@@ -183,7 +184,8 @@ def everything():
     rates = dict(flops=better("flops"), copies=better("copies"))
     tera = lambda of: f"{of['flops'] / 1e12:.0f} TFLOP/s, {of['copies'] / 1e12:.2f} TB/s"
     if not EMULATED:
-        notes.append(f"Rates of large products and copies: ours {tera(mine)}" + (f"; PyTorch's {tera(other)}" if other else "") + ".")
+        theirs = f"; PyTorch's {tera(other)}" if other else ""
+        notes.append(f"Rates of large products and copies: ours {tera(mine)}{theirs}.")
     for case in filter(wanted, mine["cases"]):
         if left() < STEPS_SHARE * args.budget:
             rows.append(progress([case.replace(":", " "), "", "", "", "", "", "", "not run: no time left"]))

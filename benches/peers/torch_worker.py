@@ -47,6 +47,15 @@ def linear(m, k, n):
     return lambda: F.linear(x, w), x, w
 
 
+def linear_gated(m, k, n):
+    x, w = rand(m, k), rand(2 * n, k)
+
+    def step():
+        gate, up = F.linear(x, w).chunk(2, -1)
+        return F.silu(gate) * up
+    return step, x, w
+
+
 def linear_backward_input(m, k, n):
     dy, w = rand(m, n), rand(n, k)
     return lambda: dy @ w, dy, w
@@ -349,7 +358,8 @@ def adamw(n):
 
 
 OPS = {f.__name__: f for f in (
-    linear, linear_backward_input, linear_backward_weight, linear_backward_bias, patch_embed, patch_embed_backward_weight,
+    linear, linear_gated, linear_backward_input, linear_backward_weight, linear_backward_bias, patch_embed,
+    patch_embed_backward_weight,
     logprobs, nll_forward_backward, grpo_forward_backward, attention_causal, attention_causal_backward, attention_prefill,
     attention_decode, attention_windows, attention_windows_backward, attention_full, attention_full_backward,
     kv_cache_write, kv_cache_gather, rope_into_pages, rms_norm, rms_norm_backward, rope, rope_tables, swiglu,
