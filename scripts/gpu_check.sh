@@ -11,8 +11,8 @@ cd "$(dirname "$0")/.."
 # Seconds: of all, and of each stage.
 ALL=520
 DOCTOR=20 TESTS=150 SANITIZER=90
-# Of one group of tests: what hangs is ended, and the rest goes on.
-GROUP=40
+# Of one group of tests: what hangs is ended, and the rest goes on. The last ones are larger.
+GROUP=40 LARGE=80
 
 PYTHON="${PYTHON:-python3}"
 DEVICE="${VARFT_BENCH_DEVICE:-cuda}"
@@ -52,12 +52,11 @@ done
 # The vendor's products: PyTorch brings a library of them where the system has none.
 libraries="$("$PYTHON" - <<'PY' 2>/dev/null
 import importlib.util, pathlib
-for root in importlib.util.find_spec("nvidia").submodule_search_locations:
-    for file in sorted(pathlib.Path(root).glob("*/lib/libcublasLt.so.*")):
-        print(file.parent)
+roots = importlib.util.find_spec("nvidia").submodule_search_locations
+print(":".join(str(file.parent) for root in roots for file in sorted(pathlib.Path(root).glob("*/lib/libcublasLt.so.*"))))
 PY
 )"
-export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}${libraries:+:$(tr '\n' ':' <<<"$libraries")}"
+[ -z "$libraries" ] || export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries"
 export CARGO_MANIFEST_DIR="$PWD" CARGO_BIN_EXE_varft="$BINARIES/varft"
 export VARFT_TEST_DEVICE="$DEVICE" VARFT_BENCH_DEVICE="$DEVICE"
 # For the python tool of a whole run; without these packages varft looks for an environment itself.
@@ -78,10 +77,10 @@ fi
 
 # ---- tests ----
 
-# A program of tests, the tests of it that are meant, and their name in the table.
+# A program of tests, the tests of it that are meant, their name in the table, and their seconds.
 tests() {
   local seconds status=0
-  seconds="$(within "$tests_end" "$GROUP")"
+  seconds="$(within "$tests_end" "$4")"
   if [ "$seconds" -lt 2 ]; then
     row "tests on $DEVICE" "$3" "not run: no time left"
     return
@@ -95,10 +94,10 @@ tests() {
 }
 modules="$("$BINARIES/test-ops" --list 2>/dev/null | sed -n 's/::.*: test$//p' | sort -u)"
 tests_end=$((SECONDS + TESTS))
-for module in $modules; do tests ops "$module::" "$module"; done
-tests contract cuda_kernels "contract"
-tests parity cuda_kernels "parity"
-tests train emulated:: "train"
+for module in $modules; do tests ops "$module::" "$module" "$GROUP"; done
+tests parity cuda_kernels parity "$GROUP"
+tests train emulated:: train "$LARGE"
+tests contract cuda_kernels contract "$LARGE"
 
 # ---- compute-sanitizer ----
 

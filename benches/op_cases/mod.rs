@@ -247,7 +247,7 @@ fn work(entry: &Entry, shape: &[usize], float: usize) -> std::result::Result<Wor
     let (numbers, env) = (Value::from_pairs(numbers.map(|(name, n)| (name, n as u64))), Environment::new());
     let value = |expression: &str| -> std::result::Result<f64, String> {
         let found = env.compile_expression(expression).and_then(|e| e.eval(&numbers));
-        let number = found.and_then(|v| i64::try_from(v)).map_err(|e| format!("{expression}: {e:#}"))?;
+        let number = found.and_then(i64::try_from).map_err(|e| format!("{expression}: {e:#}"))?;
         Ok(number as f64)
     };
     Ok(Work { flops: value(&entry.flops)?, reads: value(&entry.reads)?, writes: value(&entry.writes)? })
