@@ -1,90 +1,122 @@
-//! Every operation at the shapes of preset `mid`, in f32, beside what the machine can do.
+//! Every operation of `benches/work.toml` on any device, beside what the device can do.
 //!
 //! ```text
-//! cargo bench --bench ops                          # every operation: work, floor, time, distance to the floor
-//! cargo bench --bench ops -- --only rms_norm       # those of one name
-//! cargo bench --bench ops -- --worker              # cases from stdin, for benches/peers/ops.py
+//! cargo bench --bench ops                                # criterion's statistics, and each operation's distance to its limit
+//! cargo bench --bench ops -- rms_norm                    # those whose name has this in it
+//! VARFT_BENCH_DEVICE=emulated cargo bench --bench ops    # on cpu, cuda or emulated; without it on a card where there is one
+//! cargo bench --bench ops -- --worker                    # cases from stdin, for benches/peers
 //! ```
 //!
-//! The floor of an operation is its multiply-adds over the rate of independent ones in registers, or its bytes over the
-//! rate of plain reads and copies, whichever takes longer: `op_cases` says what is counted. The rates are measured in
-//! turn with the operation, on the same threads.
+//! The limit of an operation is its multiply-adds over the rate of a large matrix product (on the host's cores: of independent
+//! ones in registers), or its bytes over the rate of copies (on the cores: of plain reads and copies), whichever takes longer.
+//! The rates are measured at the start; a worker on the cores measures them in turn with the operations.
 
 mod harness;
 mod limits;
 mod op_cases;
 
-use harness::{Mode, ROUNDS};
-use limits::{Probe, Rates, median};
-use op_cases::{Cases, Prepared};
+use criterion::{BenchmarkId, Criterion, Throughput};
+use harness::Mode;
+use limits::{Limits, Rates, median};
+use op_cases::{Case, Cases, Prepared};
 use serde_json::json;
+use std::time::Duration;
 use varft::device::Device;
 use varft::{Error, Result};
 
-fn table(device: &Device, cases: &Cases, only: Option<&str>) {
-    let mut probe = Probe::new(device);
-    println!("| op | shape | work | floor ms | ours ms | of the floor |\n|---|---|---|---|---|---|");
-    let mut all_rates = Vec::new();
-    for case in cases.all.iter().filter(|c| only.is_none_or(|only| c.op == only)) {
-        let mut ready = cases.prepare(case);
-        let mut rates = Vec::new();
-        let [mut floors, mut times, mut shares] = [const { Vec::new() }; 3];
-        for _ in 0..ROUNDS {
-            let now = probe.rates();
-            let (floor, time) = (case.work.floor(&now), ready.seconds());
-            rates.push(now);
-            floors.push(floor);
-            times.push(time);
-            shares.push(floor / time);
-        }
-        let [floor, time, share] = [floors, times, shares].map(median);
+const SAMPLES: usize = 15;
+
+/// Criterion's statistics of a case, then its line.
+fn statistics(c: &mut Criterion, cases: &Cases, case: &Case, rates: &Rates) {
+    let mut group = c.benchmark_group(&case.op);
+    group.throughput(match (case.work.flops as u64, case.work.bytes() as u64) {
+        (0, bytes) => Throughput::Bytes(bytes),
+        (flops, bytes) => Throughput::ElementsAndBytes { elements: flops, bytes },
+    });
+    let mut times = Vec::new();
+    group.bench_function(BenchmarkId::from_parameter(&case.shape), |b| {
+        // Operands are made only for what the command line has not filtered out.
+        let mut ready = cases.prepare(case, false).expect("operands fit the device");
+        b.iter_custom(|runs| {
+            let seconds = ready.time(runs).expect("the device does its work");
+            times.push(seconds / runs as f64);
+            Duration::from_secs_f64(seconds)
+        });
+    });
+    group.finish();
+    if !times.is_empty() {
+        // The first ones were the warm-up.
+        let seconds = median(times.split_off(times.len().saturating_sub(SAMPLES)));
+        let limit = case.work.limit(rates);
         println!(
-            "| {} | {} | {} | {:.3} | {:.3} | {:.0}% |",
+            "{} {}: {:.4} ms; the limit {:.4} ms ({}); {:.0}% of the limit\n",
             case.op,
             case.shape,
-            case.work.name(&Rates::median(&rates)),
-            1e3 * floor,
-            1e3 * time,
-            100.0 * share
+            1e3 * seconds,
+            1e3 * limit,
+            case.work.name(rates),
+            100.0 * limit / seconds
         );
-        all_rates.extend(rates);
-    }
-    if !all_rates.is_empty() {
-        let Rates { flops, reads, copies } = Rates::median(&all_rates);
-        let [flops, reads, copies] = [flops, reads, copies].map(|r| r / 1e9);
-        println!("\nMedians: {flops:.0} GFLOP/s, reads {reads:.1} GB/s, copies {copies:.1} GB/s (read and written).");
     }
 }
 
-/// A line `op shape` in; the seconds of one run and those of its floor out.
+fn measure(device: &Device, cases: &Cases) -> Result<()> {
+    let rates = Limits::measure(device)?.rates();
+    println!("{device:?}: {rates}\n");
+    let mut c = Criterion::default()
+        .sample_size(SAMPLES)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_millis(800))
+        .configure_from_args();
+    for case in &cases.all {
+        statistics(&mut c, cases, case, &rates);
+    }
+    c.final_summary();
+    Ok(())
+}
+
+/// Every case once.
+fn test(cases: &Cases) -> Result<()> {
+    for case in &cases.all {
+        cases.prepare(case, true)?.time(1)?;
+        println!("{} {}: ok", case.op, case.shape);
+    }
+    Ok(())
+}
+
+/// A line `op shape` in; the seconds of one run and those of its limit out.
 fn worker(device: &Device, cases: &Cases) -> Result<()> {
-    let mut probe = Probe::new(device);
+    let mut limits = Limits::measure(device)?;
     let all: Vec<_> = cases.all.iter().map(|c| format!("{}:{}", c.op, c.shape)).collect();
-    let mut ready: Option<(String, Prepared)> = None;
-    harness::worker(json!({ "ready": true, "threads": device.threads(), "cases": all }), |op, shape| {
+    let Rates { flops, copies, .. } = limits.rates();
+    let ready = json!({
+        "ready": true, "device": format!("{device:?}"), "threads": device.threads(), "cases": all, "flops": flops, "copies": copies
+    });
+    let mut held: Option<(String, Prepared)> = None;
+    harness::worker(ready, |op, shape| {
         let case = cases.find(op, shape).ok_or_else(|| {
-            Error::input(format!("there is no operation {op:?} of shape {shape:?}"), "see benches/op_cases")
+            Error::input(format!("there is no operation {op:?} of shape {shape:?}"), "see benches/work.toml")
         })?;
         let name = format!("{op} {shape}");
-        if ready.as_ref().is_none_or(|(is, _)| *is != name) {
-            ready = None; // frees the old operands first
-        }
-        let (_, prepared) = ready.get_or_insert_with(|| (name, cases.prepare(case)));
-        let floor = case.work.floor(&probe.rates());
-        Ok(json!({ "case": op, "shape": shape, "floor": floor, "seconds": prepared.seconds() }))
+        let ready = match held.take().filter(|(is, _)| *is == name) {
+            Some(ready) => held.insert(ready),
+            // What was held is free by now.
+            None => held.insert((name, cases.prepare(case, false)?)),
+        };
+        let rates = limits.rates();
+        Ok(json!({
+            "case": op, "shape": shape, "seconds": ready.1.seconds()?, "limit": case.work.limit(&rates),
+            "work": case.work.name(&rates), "flops": case.work.flops, "bytes": case.work.bytes(),
+        }))
     })
 }
 
 fn main() -> Result<()> {
-    let mode = Mode::of_arguments();
-    if matches!(mode, Mode::Test) {
-        return Ok(());
-    }
-    let device = harness::device();
+    let device = harness::device()?;
     let cases = Cases::new(&device)?;
-    match mode {
-        Mode::Table(only) => table(&device, &cases, only.as_deref()),
-        _ => worker(&device, &cases)?,
+    match Mode::of_arguments() {
+        Mode::Test => test(&cases),
+        Mode::Worker => worker(&device, &cases),
+        Mode::Measure => measure(&device, &cases),
     }
-    Ok(())
 }

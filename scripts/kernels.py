@@ -3,6 +3,7 @@
 
     scripts/kernels.py            write docs/kernels.md
     scripts/kernels.py --check    fail where docs/kernels.md is out of date; for continuous integration
+    scripts/kernels.py --nvcc     only install the compiler, and print where it is
 
 Either way it fails where a kernel spills registers, uses local memory, or lacks the tensor-core instruction that it is written
 for. The compiler comes from the Python registry (no GPU and no driver are needed) and lies in target/nvcc.
@@ -16,12 +17,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 DOCUMENT = ROOT / "docs" / "kernels.md"
+WORK = ROOT / "benches" / "work.toml"
 PACKAGES = [
     "nvidia-cuda-nvcc==13.0.88",
     "nvidia-cuda-crt==13.0.88",
@@ -45,6 +48,10 @@ TENSOR_CORES = [
 
 # Registers and threads of a multiprocessor, shared memory of which a block has `reserved` bytes for the system.
 LIMITS = {"sm_80": (65536, 2048, 164 << 10, 32), "sm_90a": (65536, 2048, 228 << 10, 32)}
+
+# Dense bf16 operations and bytes of memory a second, as the vendor's data sheets have them.
+CARDS = {"A100 80GB SXM": (312e12, 2.039e12), "H200": (989e12, 4.8e12)}
+FLOAT = 2  # bytes that go from operation to operation on a GPU
 
 SHOWN = ["HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "MUFU", "LDG", "STG"]
 
@@ -119,6 +126,48 @@ def complaints(name, arch, figures):
             break
 
 
+def work():
+    """Of each operation: its name, its first shape on a GPU, the kernels that do it, its FLOPs and its bytes there."""
+    for op, entry in tomllib.loads(WORK.read_text()).items():
+        shape = entry["gpu"][0]
+        numbers = dict(zip(entry["dims"].split(), map(int, shape.split("x")), strict=True), f=FLOAT)
+        value = lambda what: eval(entry[what], {"__builtins__": {}}, numbers)
+        yield op, shape, entry.get("kernels"), value("flops"), value("reads") + value("writes")
+
+
+def unaccounted(names):
+    """Kernels of which the table of work says nothing."""
+    patterns = [kernels for _, _, kernels, _, _ in work() if kernels]
+    for name in sorted(names):
+        if not any(re.fullmatch(pattern, name) for pattern in patterns):
+            yield f"{name}: no operation of benches/work.toml names it among its kernels"
+
+
+def work_table(names):
+    cards = " | ".join(f"floor on an {card}, us" for card in CARDS)
+    lines = [
+        "## Work",
+        "",
+        "What each operation cannot do without, from `benches/work.toml`, which says what the numbers of a shape are: multiply-adds",
+        "(two operations each) and bytes, each input read once and each result written once. The floor is what either takes at the",
+        "rates of the vendor's data sheets, "
+        + ", ".join(f"{flops / 1e12:.0f} TFLOP/s and {copies / 1e12:g} TB/s ({card})" for card, (flops, copies) in CARDS.items())
+        + ": nothing here was measured.",
+        "Gradients of products are cuBLASLt's.",
+        "",
+        f"| operation | shape | kernels | GFLOP | MB | FLOP/byte | {cards} |",
+        "|---|---|---|---|---|---|" + "---|" * len(CARDS),
+    ]
+    for op, shape, pattern, flops, moved in work():
+        found = sorted(name for name in names if pattern and re.fullmatch(pattern, name))
+        # Kernels of one name with other tiles or heads are one entry.
+        families = dict.fromkeys(re.sub(r"_\d+(x\d+)?(_f32)?(_gated)?$", r"_*\3", name) for name in found)
+        floors = " | ".join(f"{1e6 * max(flops / f, moved / b):.1f}" for f, b in CARDS.values())
+        kernels = ", ".join(f"`{name}`" for name in families) or "-"
+        lines.append(f"| {op} | {shape} | {kernels} | {flops / 1e9:.2f} | {moved / 1e6:.2f} | {flops / moved:.1f} | {floors} |")
+    return lines + [""]
+
+
 def page(rows):
     lines = [
         "# What the compiler made of the kernels",
@@ -126,7 +175,7 @@ def page(rows):
         "Written by `scripts/kernels.py` with " + PACKAGES[0].replace("==", " ") + "; continuous integration fails where it is out of",
         "date, where a kernel spills registers or uses local memory, and where the tensor-core instruction that it is written for is missing.",
         "Warps: how many of a multiprocessor's 64 registers and static shared memory allow; dynamic shared memory comes with the launch.",
-        "**No GPU has run these kernels yet**; bytes, FLOPs and floors are in performance.md.",
+        "**No GPU has run these kernels yet.**",
         "",
     ]
     if ALLOWED:
@@ -146,14 +195,19 @@ def page(rows):
                     f"| {name} | {threads} | {f['registers']} | {f['shared']} | {warps} | {f['length']} | {of_these} |"
                 )
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines + work_table({name for name, _ in rows}))
 
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--check", action="store_true", help="fail where docs/kernels.md is out of date")
-    check = arguments.parse_args().check
+    arguments.add_argument("--nvcc", action="store_true", help="only install the compiler, and print where it is")
+    options = arguments.parse_args()
     tools = compiler()
+    if options.nvcc:
+        print(tools / "nvcc")
+        return
+    check = options.check
     sources = sorted(KERNELS.rglob("*.cu"))
     rows, wrong = {}, []
     with tempfile.TemporaryDirectory() as out, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -162,6 +216,7 @@ def main():
             for name, figures in job.result().items():
                 rows[name, arch] = (figures.get("threads"), figures)
                 wrong += complaints(name, arch, figures)
+    wrong += unaccounted({name for name, _ in rows})
     text = page(rows)
     if not check:
         DOCUMENT.write_text(text)

@@ -2,38 +2,65 @@
 
 #![allow(dead_code)] // a bench takes what it needs of it
 
-pub mod operands;
-
 use std::io::{BufRead, Write};
 use varft::device::Device;
 use varft::{Error, Result};
 
-/// Rounds of a table: whatever is compared takes turns, and the medians count.
-pub const ROUNDS: usize = 5;
+/// The device that `VARFT_BENCH_DEVICE` names: `cpu` (all cores, or `BENCH_THREADS` of them), `cuda` or `emulated`. Without it a
+/// card where there is one, and else the cores.
+///
+/// # Errors
+/// What is missing of the device that was asked for.
+pub fn device() -> Result<Device> {
+    let cores = || Device::cpu(std::env::var("BENCH_THREADS").ok().and_then(|n| n.parse().ok()).unwrap_or(0));
+    match std::env::var("VARFT_BENCH_DEVICE").as_deref() {
+        Ok("cpu") => Ok(cores()),
+        Ok("cuda") => Device::cuda(0),
+        Ok("emulated") => Device::emulated(0),
+        Ok(other) => Err(Error::input(
+            format!("VARFT_BENCH_DEVICE is {other:?}"),
+            "set it to cpu, cuda or emulated, or leave it out",
+        )),
+        Err(_) => Ok(Device::cuda(0).unwrap_or_else(|_| cores())),
+    }
+}
 
-/// The cores, or `BENCH_THREADS` of them.
-pub fn device() -> Device {
-    Device::cpu(std::env::var("BENCH_THREADS").ok().and_then(|n| n.parse().ok()).unwrap_or(0))
+/// What kind of device it is, and so which shapes it gets.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    Cpu,
+    Cuda,
+    Emulated,
+}
+
+impl Place {
+    pub fn of(device: &Device) -> Place {
+        match device.card() {
+            Some(_) => Place::Cuda,
+            None if device.packs_weights() => Place::Cpu,
+            None => Place::Emulated,
+        }
+    }
 }
 
 /// What the command line asks for.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// Nothing: `cargo test --benches` runs benches too, and what they print would say nothing there.
+    /// Each case once, and no figures: `cargo test --benches`.
     Test,
     /// Cases from stdin, for `benches/peers`.
     Worker,
-    /// A table, of the cases that this names if it is there.
-    Table(Option<String>),
+    /// Criterion's statistics, and a line for each case that sets it beside its limit.
+    Measure,
 }
 
 impl Mode {
     pub fn of_arguments() -> Mode {
-        let arguments: Vec<String> = std::env::args().collect();
-        let at = |name: &str| arguments.iter().position(|a| a == name);
-        match (at("--bench"), at("--worker")) {
-            (None, _) => Mode::Test,
-            (_, Some(_)) => Mode::Worker,
-            _ => Mode::Table(at("--only").and_then(|i| arguments.get(i + 1)).cloned()),
+        let given = |name: &str| std::env::args().any(|a| a == name);
+        match (given("--worker"), given("--bench") && !given("--test")) {
+            (true, _) => Mode::Worker,
+            (false, true) => Mode::Measure,
+            (false, false) => Mode::Test,
         }
     }
 }

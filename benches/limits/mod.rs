@@ -4,7 +4,9 @@
 
 use std::hint::black_box;
 use std::time::Instant;
-use varft::device::{Buffer, Device, Pool};
+use varft::Result;
+use varft::device::{Buffer, DType, Device, Pool};
+use varft::ops::linear::{Weight, backward_input};
 
 /// Steps of the probe of the multiply-add rate, and its operations per step.
 const STEPS: usize = 20_000;
@@ -93,30 +95,30 @@ const PIECE: usize = 4 << 20;
 const PIECES: usize = 8;
 
 /// How long `f` takes.
-pub fn seconds(f: impl FnOnce()) -> f64 {
+fn seconds(f: impl FnOnce()) -> f64 {
     let start = Instant::now();
     f();
     start.elapsed().as_secs_f64()
 }
 
 /// Operations of one run of [`arithmetic`].
-pub fn arithmetic_flops(pool: &Pool) -> usize {
+fn arithmetic_flops(pool: &Pool) -> usize {
     pool.threads() * STEPS * STEP_FLOPS
 }
 
 /// Independent multiply-adds in the registers of all threads.
-pub fn arithmetic(pool: &Pool) {
+fn arithmetic(pool: &Pool) {
     pool.run(pool.threads(), |_| multiply_adds());
 }
 
 /// Reads `data` once on all threads, each part of it as `streams` parts side by side.
-pub fn reads(pool: &Pool, data: &[f32], streams: usize) {
+fn reads(pool: &Pool, data: &[f32], streams: usize) {
     let chunk = CHUNK.min(data.len() / (4 * pool.threads()));
     pool.run(data.len() / chunk, |i| read(&data[i * chunk..][..chunk], streams));
 }
 
 /// Copies `from` to `to` on all threads; past the caches if `streaming`, where the processor can.
-pub fn copies(pool: &Pool, from: &[f32], to: &mut [f32], streaming: bool) {
+fn copies(pool: &Pool, from: &[f32], to: &mut [f32], streaming: bool) {
     let part = |i: usize, to: &mut [f32]| {
         let from = &from[i * CHUNK..][..to.len()];
         #[cfg(target_arch = "x86_64")]
@@ -159,13 +161,73 @@ impl Rates {
     }
 }
 
+impl std::fmt::Display for Rates {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [flops, reads, copies] = [self.flops, self.reads, self.copies].map(|r| r / 1e9);
+        write!(f, "{flops:.0} GFLOP/s, reads {reads:.1} GB/s, copies {copies:.1} GB/s (read and written)")
+    }
+}
+
 /// The middle one of `values`, of which there is at least one.
 pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }
 
-/// Measures [`Rates`]: each time the best of a few ways and bursts.
+/// What a device can do at most.
+pub enum Limits {
+    /// The host's cores, whose rates change with what else the machine does.
+    Host(Probe),
+    /// A card, whose rates were measured at the start.
+    Card(Rates),
+}
+
+impl Limits {
+    /// # Errors
+    /// What the device says.
+    pub fn measure(device: &Device) -> Result<Limits> {
+        match device.packs_weights() {
+            true => Ok(Limits::Host(Probe::new(device))),
+            false => card(device).map(Limits::Card),
+        }
+    }
+
+    /// The rates of this moment.
+    pub fn rates(&mut self) -> Rates {
+        match self {
+            Limits::Host(probe) => probe.rates(),
+            Limits::Card(rates) => *rates,
+        }
+    }
+}
+
+/// Bytes of the copy, and side of the product, that a card's rates come from; and how often, of which the best counts.
+const CARD: (usize, usize, usize) = (1 << 30, 8192, 5);
+/// The same for a card that is not there.
+const EMULATED: (usize, usize, usize) = (1 << 20, 64, 1);
+
+/// The rates of copies from memory to memory, and of the vendor's matrix product of random numbers.
+fn card(device: &Device) -> Result<Rates> {
+    let (bytes, side, times) = if device.card().is_some() { CARD } else { EMULATED };
+    let s = device.stream();
+    let best = |work: &dyn Fn()| -> Result<f64> {
+        s.time(work)?; // the first one loads what it needs
+        (0..times).try_fold(f64::INFINITY, |least, _| Ok(least.min(s.time(work)?)))
+    };
+    let (from, to) = (device.zeros(DType::U8, bytes), device.zeros(DType::U8, bytes));
+    let copies = 2.0 * bytes as f64 / best(&|| s.copy(&from, &to))?;
+    let noise = || -> Vec<f32> { (0..side * side).map(|i| (i * 7919 % 1021) as f32 / 510.0 - 1.0).collect() };
+    let matrix = || {
+        let b = device.alloc(device.float(), side * side);
+        s.write_floats(&b, &noise());
+        b
+    };
+    let (dy, w, dx) = (matrix(), Weight { data: matrix(), n: side, k: side }, matrix());
+    let flops = 2.0 * (side as f64).powi(3) / best(&|| backward_input(&s, &dy, &w, &dx, side, false))?;
+    Ok(Rates { flops, reads: copies, copies })
+}
+
+/// Measures [`Rates`] of the host's cores: each time the best of a few ways and bursts.
 pub struct Probe {
     pool: Pool,
     /// No cache holds either. In huge pages, as the weights are.

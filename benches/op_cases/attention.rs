@@ -1,104 +1,141 @@
 //! Attention of the decoder and of the vision tower, and the pages it reads.
 
-use super::{CONTEXT, Case, DECODING, GRID, IMAGES, Maker, PATCHES, ROWS, SEQUENCE, Work, case};
-use crate::harness::operands::{paged, random};
-use varft::device::DType;
+use super::{Make, Maker, made};
+use varft::device::{DType, Device};
 use varft::input::Grid;
-use varft::model::{Config, LayerShape, WindowPlan};
-use varft::ops::attention::{paged_backward, paged_forward, varlen_backward, varlen_forward};
-use varft::ops::kv_cache::{self, KvCache, Tokens};
+use varft::model::WindowPlan;
+use varft::ops::attention::{Segments, paged_backward, paged_forward, varlen_backward, varlen_forward};
+use varft::ops::kv_cache::{self, BLOCK, KvCache, Tokens};
 
-/// Operations of a visible pair of a query and a key, for each float of a head: two products forward, and five backward,
-/// which computes the scores a second time.
-const FORWARD: usize = 4;
-const BACKWARD: usize = 10;
+/// Pixels of a window's side, as the vision tower has them: 8 patches.
+const WINDOW: usize = 112;
 
-pub(super) fn cases(c: &Config) -> Vec<Case> {
-    let (text, vision) = (c.layer_shape(), c.vision.layer_shape());
-    let plan = WindowPlan::new(&[Grid { t: 1, h: GRID, w: GRID }; IMAGES], c.vision.window_size);
-    let mut all = causal(&text, "attention_causal", ROWS / SEQUENCE, SEQUENCE, SEQUENCE);
-    all.extend(causal(&text, "attention_decode", DECODING, 1, CONTEXT));
-    all.extend(packed(&vision, ["attention_windows", "attention_windows_backward"], plan.cu_window_seqlens));
-    all.extend(packed(&vision, ["attention_full", "attention_full_backward"], plan.cu_seqlens));
-    all.push(write_pages(&text));
-    all
-}
-
-/// `[sequences, context, heads, kv heads, head]`: `queries` at the end of each sequence. The backward pass where there are
-/// as many queries as tokens.
-fn causal(t: &LayerShape, op: &'static str, n: usize, queries: usize, context: usize) -> Vec<Case> {
-    let LayerShape { heads, kv_heads, head_dim, .. } = *t;
-    let (width, stride, scale) = (t.q_width(), t.qkv_width(), t.scale());
-    let rows = n * queries;
-    let pairs = n * (0..queries).map(|i| context - queries + i + 1).sum::<usize>();
-    let kv = 2 * n * context * t.kv_width();
-    let shape = [n, context, heads, kv_heads, head_dim];
-    let operands = move |d: &Maker| paged(&d.device, &vec![(queries, context); n], kv_heads, head_dim);
-    let forward = Work::new(FORWARD * pairs * width, rows * width + kv, rows * width);
-    let mut all = vec![case(op, &shape, forward, move |d| {
-        let ((seg, cache, _), s, q) = (operands(d), d.stream(), d.random(rows * stride));
-        let (out, lse) = (d.zeros(rows * width), d.zeros(rows * heads));
-        move || {
-            let layer = &cache.layers[0];
-            paged_forward(&s, &q, stride, layer, &seg, heads, kv_heads, head_dim, scale, &out, Some(&lse));
-        }
-    })];
-    if queries == context {
-        // Queries, outputs, their gradient, keys, values and the sums for these go in.
-        let work = Work::new(BACKWARD * pairs * width, 3 * rows * width + 2 * kv, rows * width + kv);
-        all.push(case("attention_causal_backward", &shape, work, move |d| {
-            let ((seg, cache, _), s, q) = (operands(d), d.stream(), d.random(rows * stride));
-            let (out, lse) = (d.zeros(rows * width), d.zeros(rows * heads));
-            let (dout, dq) = (d.random(rows * width), d.zeros(rows * stride));
-            let dkv = KvCache::new(&d.device, DType::F32, 1, cache.blocks, kv_heads, head_dim);
-            paged_forward(&s, &q, stride, &cache.layers[0], &seg, heads, kv_heads, head_dim, scale, &out, Some(&lse));
-            move || {
-                let (layer, dlayer) = (&cache.layers[0], &dkv.layers[0]);
-                paged_backward(
-                    &s, &q, stride, layer, &seg, heads, kv_heads, head_dim, scale, &out, &lse, &dout, &dq, dlayer,
-                );
-            }
-        }));
+pub(super) fn maker(op: &str, shape: &[usize]) -> Option<Make> {
+    match op {
+        "attention_causal" => made(shape, |d, [n, c, hq, hkv, hd]| paged(d, [n, c, c, hq, hkv, hd])),
+        "attention_causal_backward" => made(shape, backward),
+        "attention_prefill" => made(shape, paged),
+        "attention_decode" => made(shape, |d, [n, c, hq, hkv, hd]| paged(d, [n, 1, c, hq, hkv, hd])),
+        "attention_windows" => made(shape, |d, shape| packed(d, shape, true)),
+        "attention_windows_backward" => made(shape, |d, shape| packed_backward(d, shape, true)),
+        "attention_full" => made(shape, |d, shape| packed(d, shape, false)),
+        "attention_full_backward" => made(shape, |d, shape| packed_backward(d, shape, false)),
+        "kv_cache_write" => made(shape, write),
+        "kv_cache_gather" => made(shape, gather),
+        "rope_into_pages" => made(shape, rotate_and_write),
+        _ => None,
     }
-    all
 }
 
-/// `[images, patches, heads, head]`, forward and backward: pieces whose rows see each other.
-fn packed(t: &LayerShape, [op, backward_op]: [&'static str; 2], cu: Vec<u32>) -> [Case; 2] {
-    let LayerShape { heads, head_dim, .. } = *t;
-    let (width, scale) = (t.q_width(), t.scale());
-    let (rows, n) = (IMAGES * PATCHES, cu.len() - 1);
-    let pairs: usize = cu.windows(2).map(|w| ((w[1] - w[0]) as usize).pow(2)).sum();
-    let shape = [IMAGES, PATCHES, heads, head_dim];
-    let (flops, backward_cu) = (pairs * width, cu.clone());
-    [
-        case(op, &shape, Work::new(FORWARD * flops, 3 * rows * width, rows * width), move |d| {
-            let (s, cu, qkv) = (d.stream(), d.device.upload(&cu), d.random(3 * rows * width));
-            let (out, lse) = (d.zeros(rows * width), d.zeros(rows * heads));
-            move || varlen_forward(&s, &qkv, &cu, n, heads, head_dim, scale, false, &out, Some(&lse))
-        }),
-        case(backward_op, &shape, Work::new(BACKWARD * flops, 5 * rows * width, 3 * rows * width), move |d| {
-            let (s, cu, qkv) = (d.stream(), d.device.upload(&backward_cu), d.random(3 * rows * width));
-            let (out, lse) = (d.zeros(rows * width), d.zeros(rows * heads));
-            let (dout, dqkv) = (d.random(rows * width), d.zeros(3 * rows * width));
-            varlen_forward(&s, &qkv, &cu, n, heads, head_dim, scale, false, &out, Some(&lse));
-            move || varlen_backward(&s, &qkv, &cu, n, heads, head_dim, scale, false, &out, &lse, &dout, &dqkv)
-        }),
-    ]
+fn scale(head_dim: usize) -> f32 {
+    1.0 / (head_dim as f32).sqrt()
 }
 
-/// `[tokens, kv heads, head]`: keys and values of training's batch into pages.
-fn write_pages(t: &LayerShape) -> Case {
-    let LayerShape { kv_heads, head_dim, .. } = *t;
-    let (stride, k, v) = (t.qkv_width(), t.q_width(), t.q_width() + t.kv_width());
-    let floats = 2 * ROWS * t.kv_width();
-    case("kv_cache_write", &[ROWS, kv_heads, head_dim], Work::new(0, floats, floats), move |d| {
-        let (_, cache, _) = paged(&d.device, &[(ROWS, ROWS)], kv_heads, head_dim);
-        let slots = d.device.upload(&(0..ROWS as u32).collect::<Vec<_>>());
-        let (s, rows) = (d.stream(), random(&d.device, ROWS * stride));
-        move || {
-            let tokens = Tokens { rows: &rows, stride, k, v, slots: &slots, n: ROWS };
-            kv_cache::write(&s, &cache.layers[0], &cache, tokens)
-        }
-    })
+/// A cache of one layer with `pages` pages of random keys and values.
+fn pages(d: &Maker, pages: usize, kv_heads: usize, head_dim: usize) -> KvCache {
+    let mut cache = KvCache::new(&d.device, d.device.float(), 1, pages, kv_heads, head_dim);
+    let layer = &mut cache.layers[0];
+    (layer.k, layer.v) = (d.random(layer.k.len()), d.random(layer.v.len()));
+    cache
+}
+
+/// `n` segments of so many queries at the end of a context, each with pages of its own.
+fn segments(d: &Device, n: usize, queries: usize, context: usize) -> Segments {
+    let stride = context.div_ceil(BLOCK);
+    let starts: Vec<u32> = (0..=n).map(|i| (i * queries) as u32).collect();
+    let tables: Vec<u32> = (0..(n * stride) as u32).collect();
+    Segments {
+        cu_seqlens_q: d.upload(&starts),
+        kv_lens: d.upload(&vec![context as u32; n]),
+        block_tables: d.upload(&tables),
+        table_rows: d.upload(&(0..n as u32).collect::<Vec<_>>()),
+        stride,
+        n,
+        rows: n * queries,
+    }
+}
+
+fn paged(d: &Maker, [n, queries, context, hq, hkv, hd]: [usize; 6]) -> impl Fn() + use<> {
+    let (rows, stride) = (n * queries, (hq + 2 * hkv) * hd);
+    let (seg, cache) = (segments(&d.device, n, queries, context), pages(d, n * context.div_ceil(BLOCK), hkv, hd));
+    let (s, q, out, lse) = (d.stream(), d.random(rows * stride), d.zeros(rows * hq * hd), d.zeros_f32(rows * hq));
+    move || {
+        let layer = &cache.layers[0];
+        paged_forward(&s, &q, stride, layer, &seg, hq, hkv, hd, scale(hd), &out, Some(&lse));
+    }
+}
+
+fn backward(d: &Maker, [n, context, hq, hkv, hd]: [usize; 5]) -> impl Fn() + use<> {
+    let (rows, stride) = (n * context, (hq + 2 * hkv) * hd);
+    let (seg, cache) = (segments(&d.device, n, context, context), pages(d, n * context.div_ceil(BLOCK), hkv, hd));
+    let (s, q, out, lse) = (d.stream(), d.random(rows * stride), d.zeros(rows * hq * hd), d.zeros_f32(rows * hq));
+    let (dout, dq) = (d.random(rows * hq * hd), d.zeros(rows * stride));
+    let gradients = KvCache::new(&d.device, DType::F32, 1, cache.blocks, hkv, hd);
+    let dkv = &gradients.layers[0];
+    s.zero(&dkv.k);
+    s.zero(&dkv.v);
+    paged_forward(&s, &q, stride, &cache.layers[0], &seg, hq, hkv, hd, scale(hd), &out, Some(&lse));
+    move || {
+        let (layer, dkv) = (&cache.layers[0], &gradients.layers[0]);
+        paged_backward(&s, &q, stride, layer, &seg, hq, hkv, hd, scale(hd), &out, &lse, &dout, &dq, dkv);
+    }
+}
+
+/// Where the pieces whose rows see each other begin and end: windows, or whole images.
+fn pieces(images: usize, side: usize, windows: bool) -> Vec<u32> {
+    let plan = WindowPlan::new(&vec![Grid { t: 1, h: side, w: side }; images], WINDOW);
+    if windows { plan.cu_window_seqlens } else { plan.cu_seqlens }
+}
+
+fn packed(d: &Maker, [images, side, heads, hd]: [usize; 4], windows: bool) -> impl Fn() + use<> {
+    let (rows, width, cu) = (images * side * side, heads * hd, pieces(images, side, windows));
+    let (s, n, cu, qkv) = (d.stream(), cu.len() - 1, d.device.upload(&cu), d.random(3 * rows * width));
+    let (out, lse) = (d.zeros(rows * width), d.zeros_f32(rows * heads));
+    move || varlen_forward(&s, &qkv, &cu, n, heads, hd, scale(hd), false, &out, Some(&lse))
+}
+
+fn packed_backward(d: &Maker, [images, side, heads, hd]: [usize; 4], windows: bool) -> impl Fn() + use<> {
+    let (rows, width, cu) = (images * side * side, heads * hd, pieces(images, side, windows));
+    let (s, n, cu, qkv) = (d.stream(), cu.len() - 1, d.device.upload(&cu), d.random(3 * rows * width));
+    let (out, lse) = (d.zeros(rows * width), d.zeros_f32(rows * heads));
+    let (dout, dqkv) = (d.random(rows * width), d.zeros(3 * rows * width));
+    varlen_forward(&s, &qkv, &cu, n, heads, hd, scale(hd), false, &out, Some(&lse));
+    move || varlen_backward(&s, &qkv, &cu, n, heads, hd, scale(hd), false, &out, &lse, &dout, &dqkv)
+}
+
+/// Keys and values of a batch into pages, from rows of so many heads.
+fn write(d: &Maker, [n, held, hkv, hd]: [usize; 4]) -> impl Fn() + use<> {
+    let (cache, stride) = (pages(d, n.div_ceil(BLOCK), hkv, hd), held * hd);
+    let slots = d.device.upload(&(0..n as u32).collect::<Vec<_>>());
+    let (s, rows) = (d.stream(), d.random(n * stride));
+    move || {
+        let tokens = Tokens { rows: &rows, stride, k: (held - 2 * hkv) * hd, v: (held - hkv) * hd, slots: &slots, n };
+        kv_cache::write(&s, &cache.layers[0], &cache, tokens)
+    }
+}
+
+/// The same with queries and keys turned on the way, by one angle, which keeps their length.
+fn rotate_and_write(d: &Maker, [n, hq, hkv, hd]: [usize; 4]) -> impl Fn() + use<> {
+    let (cache, stride) = (pages(d, n.div_ceil(BLOCK), hkv, hd), (hq + 2 * hkv) * hd);
+    let slots = d.device.upload(&(0..n as u32).collect::<Vec<_>>());
+    let (s, rows) = (d.stream(), d.random(n * stride));
+    let table = |value: f32| d.device.upload(&vec![value; n * hd / 2]);
+    let (cos, sin) = (table(0.8), table(0.6));
+    move || {
+        let tokens = Tokens { rows: &rows, stride, k: hq * hd, v: (hq + hkv) * hd, slots: &slots, n };
+        kv_cache::rotate_and_write(&s, &cache.layers[0], &cache, tokens, hq, &cos, &sin)
+    }
+}
+
+/// Gradients from their pages, in f32, into rows.
+fn gather(d: &Maker, [n, held, hkv, hd]: [usize; 4]) -> impl Fn() + use<> {
+    let mut cache = KvCache::new(&d.device, DType::F32, 1, n.div_ceil(BLOCK), hkv, hd);
+    let layer = &mut cache.layers[0];
+    (layer.k, layer.v) = (d.random_f32(layer.k.len()), d.random_f32(layer.v.len()));
+    let (stride, slots) = (held * hd, d.device.upload(&(0..n as u32).collect::<Vec<_>>()));
+    let (s, rows) = (d.stream(), d.zeros(n * stride));
+    move || {
+        let tokens = Tokens { rows: &rows, stride, k: (held - 2 * hkv) * hd, v: (held - hkv) * hd, slots: &slots, n };
+        kv_cache::gather(&s, &cache.layers[0], &cache, tokens)
+    }
 }

@@ -3,7 +3,7 @@
     python3 benches/peers/peers.py --python REF/bin/python [--llama BUILD/bin --gguf f32.gguf] [--rounds 5] [--only decode:1,vision:8]
 
 Each round runs every contender once per case, in turn, so that what else the machine does hits all of them alike; the
-table gives medians and the median of the per-round ratios. Ours is `cargo bench --bench mid -- --worker`.
+table gives medians and the median of the per-round ratios. Ours is `cargo bench --bench steps -- --worker`.
 """
 import argparse, json, re, statistics, subprocess
 import protocol
@@ -29,7 +29,7 @@ def llama(case):
     return row["t_tg"] * 127 / 128 if name == "decode" else row["t_pp"]
 
 
-ours = protocol.ours("mid")
+ours = protocol.ours("steps")
 reference = protocol.Worker([args.python, __file__.replace("peers.py", "reference_worker.py")])
 rows = {}
 for case in args.only.split(","):

@@ -9,6 +9,7 @@ use super::{Buffer, DType, Element};
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// The shape of a launch.
 #[derive(Clone, Copy, Debug)]
@@ -480,6 +481,20 @@ impl Gpu {
     pub(super) fn synchronize(&self) -> Result<()> {
         self.submit(|queue, _| queue.synchronize(), |_| Ok(()));
         self.card.check()
+    }
+
+    /// Seconds of what `work` submits, by the card's clock; on the emulated GPU by the host's.
+    pub(super) fn time(&self, work: impl FnOnce()) -> Result<f64> {
+        let begun = Instant::now();
+        let mark = || self.submit(|queue, _| queue.mark().map(Some), |_| Ok(None)).flatten();
+        let first = mark();
+        work();
+        let seconds = match (first, mark()) {
+            (Some(first), Some(last)) => self.card.run(|_| last.since(&first)),
+            _ => Some(begun.elapsed().as_secs_f64()),
+        };
+        self.card.check()?;
+        seconds.ok_or_else(|| Error::internal("a time that was not told"))
     }
 
     /// Waits for values.

@@ -5,6 +5,7 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 type Work = Box<dyn FnOnce(&Pool) + Send>;
 
@@ -193,6 +194,22 @@ impl Stream {
         Event { stream: self.clone(), at }
     }
 
+    /// Seconds from the moment when the device comes to what `work` submits to this stream until it has done it, by the device's
+    /// own clock where it has one. Waits for all that was submitted.
+    ///
+    /// # Errors
+    /// As [`synchronize`](Self::synchronize).
+    pub fn time(&self, work: impl FnOnce()) -> Result<f64> {
+        if let Queue::Gpu(gpu) = &*self.queue {
+            return gpu.time(work);
+        }
+        self.synchronize()?;
+        let begun = Instant::now();
+        work();
+        self.synchronize()?;
+        Ok(begun.elapsed().as_secs_f64())
+    }
+
     /// Waits for all that was submitted.
     ///
     /// # Errors
@@ -296,6 +313,24 @@ mod tests {
             });
             assert_eq!(s.read::<u32>(&b).wait().unwrap(), [8000]);
         }
+    }
+
+    #[test]
+    fn the_time_of_work_is_told_and_the_work_is_done() {
+        let emulated = Device::emulated(1).inspect_err(|e| println!("not shown on it: {e}"));
+        for d in [Device::cpu(1), Device::cpu_deferred(1)].into_iter().chain(emulated) {
+            let (s, b) = (d.stream(), d.upload(&[1.0f32; 1000]));
+            let seconds = s.time(|| s.zero(&b)).unwrap();
+            assert!(seconds > 0.0 && seconds.is_finite(), "{d:?}: {seconds}");
+            assert_eq!(s.read::<f32>(&b).wait().unwrap(), [0.0; 1000]);
+        }
+    }
+
+    #[test]
+    fn a_failure_within_what_is_timed_is_told() {
+        let Ok(d) = Device::emulated(1).inspect_err(|e| println!("not shown: {e}")) else { return };
+        let s = d.stream();
+        assert!(s.time(|| s.zero(&d.alloc(DType::F32, usize::MAX / 8))).is_err());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! [`varft::ops::linear`].
 
+use super::setting::{card, emulates};
 use super::{Noise, as_good_as_bf16, devices, read, round, wide, wide32};
 use half::bf16;
 use varft::device::{Buffer, DType, Device};
@@ -110,9 +111,12 @@ fn rows(d: &Device, x: &Buffer, w: &Weight, first: usize, m: usize) -> Vec<bf16>
 #[test]
 fn a_rows_bits_do_not_depend_on_its_company_nor_on_the_number_of_multiprocessors() {
     let mut rng = Noise::fresh();
-    for sm in [80, 90] {
-        // As many multiprocessors as the seed says, one to seven.
-        let cards: Vec<Device> = (0..7).map(|i| Device::emulated_as(rng.next() / 7 * 7 + i, sm).unwrap()).collect();
+    // As many multiprocessors as the seed says, one to seven.
+    let mut emulated =
+        |sm| -> Vec<Device> { (0..7).map(|i| Device::emulated_as(rng.next() / 7 * 7 + i, sm).unwrap()).collect() };
+    let mut all = if emulates() { vec![emulated(80), emulated(90)] } else { vec![] };
+    all.extend(card().map(|d| vec![d]));
+    for cards in all {
         for [n, k] in [[72, 200], [200, 44], [40, 22], [33, 13]] {
             let most = 280;
             let (x, w) = (rng.bf16s(most * k, 1.0), rng.bf16s(n * k, 1.0));
@@ -121,13 +125,13 @@ fn a_rows_bits_do_not_depend_on_its_company_nor_on_the_number_of_multiprocessors
                 let (xb, wb) = (d.upload(&x), weight(d, &w, n, k));
                 if i % 3 == 0 {
                     let got = rows(d, &xb, &wb, 0, most);
-                    assert!(*whole.get_or_insert(got.clone()) == got, "sm_{sm}, [{n}, {k}] on card {i}");
+                    assert!(*whole.get_or_insert(got.clone()) == got, "{d:?}, [{n}, {k}] on card {i}");
                 }
                 let whole = whole.as_ref().unwrap();
                 for m in [1, 8, 9, 17, 32, 33, 64, 65, 100, 129] {
                     let first = rng.next() as usize % (most - m + 1);
                     let got = rows(d, &xb, &wb, first, m);
-                    assert!(got == whole[first * n..][..m * n], "sm_{sm}, {m} rows of [{n}, {k}] on card {i}");
+                    assert!(got == whole[first * n..][..m * n], "{d:?}, {m} rows of [{n}, {k}] on card {i}");
                 }
             }
         }

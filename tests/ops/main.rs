@@ -18,6 +18,8 @@ mod rms_norm;
 mod rope;
 mod rows;
 mod sample;
+#[path = "../setting/mod.rs"]
+mod setting;
 mod swiglu;
 
 use half::bf16;
@@ -31,10 +33,10 @@ fn emulated() -> [Device; 2] {
     [80, 90].map(|sm| Device::emulated_as(seed, sm).unwrap())
 }
 
-/// The same, and a card where there is one.
+/// The same, and a card where there is one; or the card alone ([`setting`]).
 fn devices() -> Vec<Device> {
-    let card = Device::cuda(0).inspect_err(|e| println!("no card: {e}")).ok();
-    emulated().into_iter().chain(card).collect()
+    let emulated: Vec<Device> = if setting::emulates() { emulated().into() } else { vec![] };
+    emulated.into_iter().chain(setting::card()).collect()
 }
 
 /// Random numbers that depend on the seed alone.

@@ -1,5 +1,6 @@
 //! A folder of reference vectors: `models/` (checkpoints) and `vectors/` (`vectors.safetensors`, `vectors.json`).
 
+use super::setting;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -17,7 +18,7 @@ pub struct Reference {
 impl Reference {
     /// The folder named by `VARFT_PARITY_DIR`, or the one beside this file.
     pub fn open() -> Reference {
-        let own = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/reference");
+        let own = setting::repository().join("tests/fixtures/reference");
         let root = std::env::var_os("VARFT_PARITY_DIR").map_or(own, PathBuf::from);
         let read = |name: &str| {
             let path = root.join("vectors").join(name);

@@ -1,11 +1,12 @@
 //! A tiny model that has learned a little of the agent's format, so that some of its episodes are rewarded and others not.
 
+use super::setting;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
 pub fn varft() -> Command {
-    let mut c = Command::new(env!("CARGO_BIN_EXE_varft"));
+    let mut c = Command::new(setting::program());
     c.env_remove("VARFT_NO_INSTALL");
     c
 }

@@ -1,12 +1,12 @@
-//! A run on the emulated device: the CUDA kernels, from images to moved weights.
+//! A run with the CUDA kernels, from images to moved weights, on the emulated device and on a card where there is one.
 
 use super::school::{COMMON, ok, run_keys, school, text};
+use super::setting;
 use std::path::Path;
 use varft::report::read_metrics;
 
-/// Few and short episodes: every multiplication is emulated. The last two keys let every step move the weights.
-const KEYS: [&str; 9] = [
-    "run.device=emulated",
+/// Few and short episodes: every multiplication may be emulated. The last two keys let every step move the weights.
+const KEYS: [&str; 8] = [
     "rollout.prompts=2",
     "rollout.group_size=3",
     "rollout.max_new_tokens=24",
@@ -17,20 +17,28 @@ const KEYS: [&str; 9] = [
     "algo.beta=0.1",
 ];
 
-fn train(run: &Path, steps: u64, more: &[&str]) {
-    let own = [format!("model.path={}", text(&school().model)), format!("optim.steps={steps}")];
+fn train(run: &Path, device: &str, steps: u64) {
+    let model = format!("model.path={}", text(&school().model));
+    let own = [model, format!("run.device={device}"), format!("optim.steps={steps}")];
     let keys = COMMON.iter().chain(&KEYS).map(|k| k.to_string()).chain(run_keys(run)).chain(own);
     let args: Vec<String> = keys.flat_map(|k| ["--set".into(), k]).collect();
-    let args: Vec<&str> =
-        ["train"].into_iter().chain(args.iter().map(String::as_str)).chain(more.iter().copied()).collect();
+    let args: Vec<&str> = ["train"].into_iter().chain(args.iter().map(String::as_str)).collect();
     ok(&args);
 }
 
 #[test]
 fn a_run_rolls_out_learns_saves_and_goes_on_to_the_same_bits() {
+    let emulated = setting::emulates().then_some("emulated");
+    for device in emulated.into_iter().chain(setting::card().map(|_| "cuda")) {
+        println!("{device}");
+        run(device);
+    }
+}
+
+fn run(device: &str) {
     let dir = tempfile::tempdir().unwrap();
     let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
-    train(&whole, 2, &[]);
+    train(&whole, device, 2);
     let steps: Vec<_> = read_metrics(&whole).unwrap();
     let all = |name: &str| -> Vec<f64> {
         let values = steps.iter().flat_map(|r| &r.values);
@@ -41,7 +49,7 @@ fn a_run_rolls_out_learns_saves_and_goes_on_to_the_same_bits() {
     let weights = |run: &Path| std::fs::read(run.join("checkpoints/step-2/model.safetensors")).unwrap();
     let moments = |run: &Path| std::fs::read(run.join("checkpoints/step-2/optimizer.safetensors")).unwrap();
     assert!(weights(&whole) != std::fs::read(school().model.join("model.safetensors")).unwrap(), "nothing was learned");
-    train(&parts, 1, &[]);
+    train(&parts, device, 1);
     ok(&["train", text(&parts), "--resume", "--set", "optim.steps=2"]);
     assert!(weights(&parts) == weights(&whole) && moments(&parts) == moments(&whole));
 }

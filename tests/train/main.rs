@@ -6,6 +6,8 @@ mod full_disk;
 mod interrupted;
 #[path = "../school/mod.rs"]
 mod school;
+#[path = "../setting/mod.rs"]
+mod setting;
 mod unreliable;
 
 use image::imageops;

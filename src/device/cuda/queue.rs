@@ -49,6 +49,12 @@ impl Drop for Graph {
     }
 }
 
+/// A moment of the card's, on its own clock.
+pub(in crate::device) struct Mark {
+    event: sys::CUevent,
+    card: Arc<Cuda>,
+}
+
 /// Values on their way from the card.
 pub(in crate::device) struct Staged {
     block: Option<Block>,
@@ -170,6 +176,17 @@ impl Queue {
         unsafe { result::stream::synchronize(self.stream) }.map_err(|e| failed("finish its work", e))
     }
 
+    /// Submits a mark: the moment at which the card comes to it.
+    pub fn mark(&self) -> Result<Mark> {
+        self.card.enter()?;
+        let failed = |e| failed("mark a moment", e);
+        let event = result::event::create(sys::CUevent_flags_enum::CU_EVENT_DEFAULT).map_err(failed)?;
+        let mark = Mark { event, card: self.card.clone() };
+        // SAFETY: the event and the stream live.
+        unsafe { result::event::record(mark.event, self.stream) }.map_err(failed)?;
+        Ok(mark)
+    }
+
     /// A block of at least so many bytes that the card is done with.
     fn take(&self, bytes: usize) -> Result<Block> {
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
@@ -192,6 +209,27 @@ impl Queue {
         let marked = sent.and_then(|()| unsafe { result::event::record(block.event, self.stream) });
         self.staging.lock().unwrap_or_else(PoisonError::into_inner).push(block);
         marked
+    }
+}
+
+impl Mark {
+    /// Seconds from `earlier` to this one; waits for both.
+    pub fn since(&self, earlier: &Mark) -> Result<f64> {
+        self.card.enter()?;
+        // SAFETY: both events live.
+        let milliseconds = unsafe {
+            result::event::synchronize(self.event).and_then(|()| result::event::elapsed(earlier.event, self.event))
+        };
+        milliseconds.map(|ms| f64::from(ms) / 1e3).map_err(|e| failed("tell the time", e))
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        if self.card.enter().is_ok() {
+            // SAFETY: nobody else has this event.
+            let _ = unsafe { result::event::destroy(self.event) };
+        }
     }
 }
 
