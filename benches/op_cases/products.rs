@@ -8,9 +8,7 @@ use varft::ops::linear::{self, Epilogue, Weight, packed_len};
 use varft::ops::loss::{self, LossRows, Objective, Outputs, Workspace};
 use varft::ops::patch_embed::{self, Geometry, INPUTS, Normalize, PATCH};
 use varft::ops::softmax::forbidden_words;
-
-/// As the trainer's: the logits of all rows at once.
-const LOGIT_BYTES: usize = 256 << 20;
+use varft::train::memory::logit_bytes;
 
 pub(super) fn cases(c: &Config) -> Vec<Case> {
     let (h, gate_up) = (c.hidden_size, 2 * c.intermediate_size);
@@ -80,7 +78,7 @@ fn losses(h: usize, v: usize) -> [Case; 3] {
     let shape = [m, h, v];
     let product = 2 * m * h * v;
     let rows = move |d: &Maker| LossRows::new(&d.device, &ids_of(m), &ids(m, v), &vec![1.0; m]);
-    let workspace = move |d: &Maker| Workspace::new(&d.device, v, h, usize::MAX, LOGIT_BYTES);
+    let workspace = move |d: &Maker| Workspace::new(&d.device, v, h, usize::MAX, logit_bytes(d.device.float(), v));
     let forbidden = move |d: &Maker| d.device.zeros(DType::U32, forbidden_words(v));
     let update = move |name, grpo: bool| {
         // The weights, their gradients and the rows' go in, the gradients come out.
