@@ -55,8 +55,9 @@ fn main() {
 
 /// Writes `fatbins.rs`, a list of files and their fat binaries; an empty one where there is no nvcc.
 fn fatbins(root: &Path, out: &Path) -> Result<(), String> {
-    let mut list = String::new();
+    let (mut list, mut made) = (String::new(), Vec::new());
     if let Some(nvcc) = nvcc() {
+        made = ARCHITECTURES.iter().filter_map(|a| a.split_once("code=").map(|(_, code)| code)).collect();
         let kernels = root.join("kernels");
         let mut commands = vec![];
         for source in kernel_files(&kernels)? {
@@ -71,7 +72,10 @@ fn fatbins(root: &Path, out: &Path) -> Result<(), String> {
         run_all(&mut commands)?;
     }
     let aligned = "/// The driver reads words.\n#[repr(C, align(16))]\n#[allow(dead_code)] // where there are none\nstruct Aligned<T>(T);\n";
-    let text = format!("{aligned}pub(super) const FATBINS: &[(&str, &[u8])] = &[{list}];\n");
+    let text = format!(
+        "{aligned}pub(super) const FATBINS: &[(&str, &[u8])] = &[{list}];\n\
+         pub(super) const ARCHITECTURES: &[&str] = &{made:?};\n"
+    );
     std::fs::write(out.join("fatbins.rs"), text).map_err(|e| format!("{}: {e}", out.display()))
 }
 

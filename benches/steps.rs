@@ -170,7 +170,7 @@ impl Bench {
         let model = self.model(sizes.presets[0])?;
         let (c, patches) = (model.config.clone(), sizes.most_images * sizes.patches());
         let (kv_bytes, step_tokens) = (sizes.kv_bytes, sizes.step_tokens);
-        let vision_bytes = EngineOptions::vision_bytes_for(&c, patches).max(16 << 20);
+        let vision_bytes = EngineOptions::vision_bytes_for(&c, device.float(), patches).max(16 << 20);
         let options = EngineOptions { kv_bytes, vision_bytes, step_tokens, ..Default::default() };
         Ok(Held::Rollouts {
             engine: Engine::start(model.clone(), options)?,

@@ -6,9 +6,7 @@ use varft::ops::linear::{self, Epilogue, Weight, packed_len};
 use varft::ops::loss::{self, LossRows, Objective, Outputs, Workspace};
 use varft::ops::patch_embed::{self, Geometry, INPUTS, Normalize};
 use varft::ops::softmax::forbidden_words;
-
-/// The logits of a chunk of 1,024 rows of the largest vocabulary.
-const LOGIT_BYTES: usize = 1 << 30;
+use varft::train::memory::logit_bytes;
 
 pub(super) fn maker(op: &str, shape: &[usize]) -> Option<Make> {
     match op {
@@ -86,7 +84,7 @@ fn scored(d: &Maker, rows: usize, h: usize, v: usize) -> (LossRows, Buffer, Work
     let each: Vec<u32> = (0..rows as u32).collect();
     let entries = LossRows::new(&d.device.stream(), &each, &ids(rows, v), &vec![1.0; rows]);
     let forbidden = d.device.zeros(DType::U32, forbidden_words(v));
-    (entries, forbidden, Workspace::new(&d.device, v, h, usize::MAX, LOGIT_BYTES))
+    (entries, forbidden, Workspace::new(&d.device, v, h, usize::MAX, logit_bytes(d.device.float(), v)))
 }
 
 fn logprobs(d: &Maker, [m, h, v]: [usize; 3]) -> impl Fn() + use<> {

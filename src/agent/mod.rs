@@ -25,7 +25,7 @@ mod turn;
 pub use coding::{CodingProtocol, PromptStyle};
 pub use episode::EpisodeOptions;
 pub use policy::{Conversation, EnginePolicy, Policy, Said};
-pub use recorded::Conversations;
+pub use recorded::{Conversations, Length};
 pub use reward::{Accuracy, Reward, RewardRule};
 pub use rollouts::{Episodes, Job, Partial, Rollouts, See, Void};
 pub use script::{ScriptedPolicy, demonstration};

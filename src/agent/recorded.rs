@@ -32,6 +32,24 @@ struct Record {
     images: Vec<String>,
 }
 
+/// What of a conversation decides how much there is to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Length {
+    /// Tokens, images included.
+    pub tokens: usize,
+    /// Tokens of its images.
+    pub image: usize,
+    /// Tokens that the assistant says.
+    pub said: usize,
+}
+
+impl Length {
+    fn of(t: &Trajectory) -> Length {
+        let image = t.sequence.images.iter().map(|s| s.len).sum();
+        Length { tokens: t.sequence.len(), image, said: t.sampled() }
+    }
+}
+
 impl Conversations {
     /// Reads a file. Images are read when a conversation is asked for.
     ///
@@ -69,19 +87,19 @@ impl Conversations {
         Ok(())
     }
 
-    /// Looks whether every conversation fits `max_tokens`, reading no more of its images than their sizes: the training should
-    /// not be what finds out.
+    /// How long the conversations are, reading no more of their images than their sizes: that one does not fit `max_tokens` the
+    /// training should not be what finds out.
     ///
     /// # Errors
     /// As [`trajectory`](Self::trajectory), of the first that is not as it should be.
-    pub fn check_lengths(
+    pub fn lengths(
         &self,
         tokenizer: &Tokenizer,
         template: &ChatTemplate,
         processor: &ImageProcessor,
         max_tokens: usize,
-    ) -> Result<()> {
-        let one = |i: usize| -> Result<()> {
+    ) -> Result<Vec<Length>> {
+        let one = |i: usize| -> Result<Length> {
             let outline = |path: &PathBuf| {
                 let size = picture_size(path, "an image", &processor.limits)?;
                 processor.outline(size, &path.display().to_string()).map(Arc::new)
@@ -89,7 +107,7 @@ impl Conversations {
             let outlines = self.items[i].images.iter().map(outline).collect::<Result<Vec<_>>>();
             outlines
                 .and_then(|images| self.read(i, &images, tokenizer, template, max_tokens))
-                .map(drop)
+                .map(|t| Length::of(&t))
                 .map_err(|e| self.about(i, e))
         };
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
@@ -99,15 +117,19 @@ impl Conversations {
             let parts: Vec<_> = (0..self.items.len())
                 .step_by(part)
                 .map(|first| {
-                    let work = move || (first..self.items.len().min(first + part)).try_for_each(one);
+                    let work = move || (first..self.items.len().min(first + part)).map(one).collect();
                     let thread = std::thread::Builder::new().spawn_scoped(scope, work);
                     thread.map_err(|e| Error::no_thread("a thread that measures conversations", e))
                 })
                 .collect();
-            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<()>>| {
+            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Vec<Length>>>| {
                 thread.join().unwrap_or_else(|panic| Err(Error::panicked("measuring the conversations", &*panic)))
             };
-            parts.into_iter().try_for_each(|thread| join(thread?))
+            let mut all = Vec::with_capacity(self.items.len());
+            for thread in parts {
+                all.extend(join(thread?)?);
+            }
+            Ok(all)
         })
     }
 
@@ -354,7 +376,14 @@ mod tests {
         let (processor, template) = (ImageProcessor::default(), ChatTemplate::builtin());
         let preprocessor = Preprocessor::new(processor.clone(), 1, 0).unwrap();
         let longest = c.trajectory(1, &tokenizer, &template, &preprocessor, 1000).unwrap().sequence.len();
-        let told = |most| c.check_lengths(&tokenizer, &template, &processor, most).map_err(|e| e.to_string());
+        let lengths = c.lengths(&tokenizer, &template, &processor, 1000).unwrap();
+        for (i, length) in lengths.iter().enumerate() {
+            let t = c.trajectory(i, &tokenizer, &template, &preprocessor, 1000).unwrap();
+            assert_eq!((length.tokens, length.said), (t.sequence.len(), t.sampled()));
+            assert_eq!(length.image, t.sequence.images.iter().map(|s| s.image.tokens()).sum::<usize>());
+        }
+        assert_eq!(lengths.len(), 3);
+        let told = |most| c.lengths(&tokenizer, &template, &processor, most).map(drop).map_err(|e| e.to_string());
         told(longest).unwrap();
         let e = told(longest - 1).unwrap_err();
         assert!(e.contains("talk.jsonl, line 2: ") && e.contains(&format!("{longest} tokens")), "{e}");

@@ -1,8 +1,10 @@
+use super::device::{DeviceArgs, settle};
 use super::session::model_in;
-use super::setup::{Loaded, see_file};
+use super::setup::{Folder, Loaded, see_file};
 use crate::engine::{EngineOptions, Finish, Sampling, Session};
 use crate::input::{Detokenizer, Image, Message, Part, build_prompt, continue_prompt};
 use crate::train::RunConfig;
+use crate::train::room::Work;
 use crate::{Error, Result};
 use clap::builder::RangedU64ValueParser;
 use std::io::{BufRead, IsTerminal, Write};
@@ -42,28 +44,31 @@ pub(super) struct Args {
     /// Threads; 0 for all cores
     #[arg(long, default_value_t = 0, value_parser = super::threads)]
     threads: usize,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let mut config = RunConfig { model: model_in(&args.model)?, ..RunConfig::default() };
+    let mut config = RunConfig::read(None, &args.device.with(&[]))?;
+    config.model = model_in(&args.model)?;
     config.run.threads = args.threads;
+    settle(&mut config);
     config.rollout.context = args.context;
     config.rollout.concurrency = 1;
-    let loaded = Loaded::new(&config, None)?;
-    let model = &loaded.model.config;
-    let mib = |bytes: usize| bytes.div_ceil(1 << 20);
-    let bytes = EngineOptions::kv_bytes_for(model, args.context.min(model.max_position_embeddings));
-    config.rollout.kv_cache_mib = mib(bytes).max(512);
-    let patches = config.model.max_pixels / loaded.preprocessor.processor().patch.pow(2);
-    let bytes = EngineOptions::vision_bytes_for(model, patches);
-    config.rollout.vision_cache_mib = mib(bytes).max(config.rollout.vision_cache_mib);
-    let engine = loaded.engine(&config).map_err(|e| match e {
-        // Of what was planned, this is what a person who chats can change.
+    let folder = Folder::open(&config)?;
+    let patches = config.model.max_pixels / folder.preprocessor.processor().patch.pow(2);
+    let bytes = EngineOptions::vision_bytes_for(&folder.config, folder.device.float(), patches);
+    config.rollout.vision_cache_mib = bytes.div_ceil(1 << 20).max(config.rollout.vision_cache_mib);
+    // Of what is planned, this is what a person who chats can change.
+    let shorter = |e: Error| match e {
         Error::Limit { what, .. } => {
             Error::limit(what, format!("give less than --context {}, or use a machine with more memory", args.context))
         }
         e => e,
-    })?;
+    };
+    folder.plan(&config, Work::Rollouts).map_err(shorter)?;
+    let loaded = folder.load(&config, None, Work::Rollouts)?;
+    let engine = loaded.engine(&config).map_err(shorter)?;
     let most = engine.max_context();
     let mut chat =
         Chat { args, loaded, session: engine.session(), most, images: Vec::new(), begun: false, ended: true };
@@ -119,7 +124,7 @@ struct Chat<'a> {
 
 impl Chat<'_> {
     fn show(&mut self, path: impl Into<PathBuf>) -> Result<()> {
-        self.images.push(see_file(&self.loaded.preprocessor, path)?);
+        self.images.push(see_file(&self.loaded.folder.preprocessor, path)?);
         Ok(())
     }
 
@@ -128,7 +133,7 @@ impl Chat<'_> {
         let mut parts = vec![Part::Image { image: None }; self.images.len()];
         parts.push(Part::Text { text: text.to_owned() });
         let user = Message::parts("user", parts);
-        let (tokenizer, template) = (&self.loaded.tokenizer, &self.loaded.template);
+        let (tokenizer, template) = (&self.loaded.folder.tokenizer, &self.loaded.folder.template);
         let prompt = if self.begun {
             continue_prompt(tokenizer, template, &[user], &self.images, self.ended)?
         } else {

@@ -1,17 +1,22 @@
-use crate::device::{DType, Device, has_driver};
+use super::device::reason;
+use super::memory;
+use crate::device::{DType, Device, architectures, has_card, has_driver};
 use crate::ops::linear::{self, Epilogue, Weight};
 use crate::tools::python::environment::Search;
 use crate::tools::{PythonOptions, PythonTool};
+use crate::train::RunConfig;
 use crate::{Error, Result};
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Check this machine: cores, SIMD, memory, GPU, disk, kernels, the Python environment
+/// Check this machine: cores, SIMD, memory, GPU, disk, kernels, the Python environment; and plan the memory of training
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  varft doctor --dir runs\n\nEach line begins with ok, warn or fail; a line that does not say ok says what to do."
+    after_help = "Example:\n  varft doctor --dir runs\n  varft doctor --model models/mine --set model.freeze_vision=false\n\nEach line of the first part begins with ok, warn or fail; a line that does not say ok says what to do. \
+                        The second part is the memory of `varft train` by what it is held for, on this device, and where that is no card, on \
+                        cards of 80 and of 141 GB."
 )]
 pub(super) struct Args {
     /// Where runs will lie
@@ -20,6 +25,12 @@ pub(super) struct Args {
     /// Make the python tool's environment if there is none (about 100 MB of downloads)
     #[arg(long)]
     install: bool,
+    /// A model's folder, or a run's, whose memory is planned too
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Sets one key of the run file that memory is planned for; may be repeated
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    overrides: Vec<String>,
 }
 
 /// What a check found.
@@ -33,7 +44,10 @@ enum Finding {
 use Finding::{Fail, Ok as Fine, Warn};
 
 pub(super) fn run(args: &Args) -> Result<()> {
+    let config = RunConfig::read(None, &args.overrides)?;
+    let models = memory::models(args.model.as_deref())?;
     let device = Device::cpu(0);
+    let card = Device::cuda(0);
     say!("varft {}", env!("CARGO_PKG_VERSION"));
     let mut failed = Vec::new();
     let mut show = |name: &'static str, finding: Finding| {
@@ -50,10 +64,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
     show("cores", cores(&device));
     show("simd", simd());
     show("memory", memory(&device));
-    show("gpu", gpu());
+    show("gpu", gpu(&card));
+    show("cuda", built());
     show("disk", disk(&args.dir));
     show("kernels", kernels(&device));
     show("python", python(args.install));
+    say!("\n{}", memory::table(&config, &models, card.as_ref().ok(), &device).trim_end());
     match failed.as_slice() {
         [] => Ok(()),
         names => Err(Error::limit(
@@ -106,8 +122,8 @@ fn gib(bytes: u64) -> f64 {
 }
 
 /// The first card; a machine without one is not a lesser one.
-fn gpu() -> Finding {
-    match Device::cuda(0) {
+fn gpu(card: &Result<Device>) -> Finding {
+    match card {
         Ok(device) => match device.card() {
             Some(c) => Fine(format!(
                 "{}, compute capability {}.{}, {:.1} of {:.1} GiB free, driver for CUDA {}.{}",
@@ -122,12 +138,23 @@ fn gpu() -> Finding {
             None => Fine("none".into()),
         },
         Err(e) => {
-            let what = format!("none: {}", e.to_string().lines().next().unwrap_or_default());
-            match has_driver() {
-                true => Warn(what, "the processor does the work; what to do is said with --set run.device=cuda"),
-                false => Fine("none: there is no NVIDIA driver".into()),
+            let driver = if has_driver() { "there is a driver" } else { "there is no NVIDIA driver" };
+            match has_card() {
+                true => Warn(
+                    format!("a card that is not used: {}; {driver}", reason(e)),
+                    "the processor does the work; with --device cuda the commands say what to do",
+                ),
+                false => Fine(format!("none; {driver}")),
             }
         }
+    }
+}
+
+/// What this program's kernels are built for.
+fn built() -> Finding {
+    match architectures() {
+        [] => Fine("no kernels for cards: built without nvcc".into()),
+        all => Fine(format!("kernels for {}", all.join(", "))),
     }
 }
 

@@ -1,7 +1,7 @@
 use super::fit;
 use super::records::{ModelArgs, Records, ended_early};
 use super::session::stop_on_signal;
-use super::setup::{Loaded, held_out_examples, python};
+use super::setup::{Folder, held_out_examples, python};
 use crate::agent::{Rollouts, Trajectory};
 use crate::model::write_atomically;
 use crate::report::Progress;
@@ -9,6 +9,7 @@ use crate::report::view::Phase;
 use crate::tasks::scorer::{Score, Scorer};
 use crate::tasks::{Outline, Split};
 use crate::train::config::TaskKind;
+use crate::train::room::Work;
 use crate::train::run::{Evaluation, episode_metrics, eval_options, evaluate, views};
 use crate::{Error, Result};
 use serde_json::json;
@@ -44,8 +45,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let stop = stop_on_signal()?;
     let examples = held_out_examples(&config, &stop)?;
     let tool = python(&config)?;
-    let loaded = Loaded::new(&config, None)?;
-    fit::check(&config, &loaded, examples.iter().map(|e| Ok(Outline::of(e))))?;
+    let loaded = Folder::open(&config)?.load(&config, None, Work::Rollouts)?;
+    fit::check(&config, &loaded.folder, examples.iter().map(|e| Ok(Outline::of(e))))?;
     let engine = loaded.engine(&config)?;
     let rollouts = loaded.rollouts(&config, &engine, tool, &stop);
     let rollouts = Rollouts { options: eval_options(&rollouts.options, &config), ..rollouts };
@@ -94,10 +95,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     say!("results {}", path.display());
     let mut metrics = episode_metrics(&done, Phase::Eval);
     metrics.push(("eval/void", scores.void as f64));
-    let report = views(&episodes, &jobs, 0, Phase::Eval, usize::MAX, &records.store, &loaded.tokenizer, |_| None)
-        .and_then(|shown| records.store.write(Phase::Eval, 0, &shown))
-        .and_then(|()| records.finish(&config, &metrics))
-        .map_err(|e| records.kept(&path, e))?;
+    let report =
+        views(&episodes, &jobs, 0, Phase::Eval, usize::MAX, &records.store, &loaded.folder.tokenizer, |_| None)
+            .and_then(|shown| records.store.write(Phase::Eval, 0, &shown))
+            .and_then(|()| records.finish(&config, &metrics))
+            .map_err(|e| records.kept(&path, e))?;
     say!("report  {}", report.display());
     let counts = [scores.episodes, jobs.len()];
     ended_by.map_or(Ok(()), |e| Err(ended_early(e, counts, "questions are answered, scored and written")))

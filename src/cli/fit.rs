@@ -1,7 +1,7 @@
 //! Whether every question fits the context: asked before the first episode, not when the one that does not fit comes, hours
 //! later.
 
-use super::setup::Loaded;
+use super::setup::Folder;
 use crate::agent::CodingProtocol;
 use crate::input::build_prompt;
 use crate::tasks::{Examples, Outline};
@@ -18,32 +18,53 @@ pub(super) fn first(items: &dyn Examples, n: u64) -> impl Iterator<Item = Result
     (0..items.len().min(n).min(MOST)).map(move |i| items.outline(i))
 }
 
+/// Measures prompts, of whose images nothing is read but their sizes.
+pub(super) struct Measure<'a> {
+    folder: &'a Folder,
+    protocol: CodingProtocol,
+    /// Questions repeat, and so does the text around them.
+    texts: HashMap<String, usize>,
+}
+
+impl Measure<'_> {
+    pub fn new<'a>(config: &RunConfig, folder: &'a Folder) -> Measure<'a> {
+        Measure { folder, protocol: CodingProtocol { style: config.rollout.prompt }, texts: HashMap::new() }
+    }
+
+    /// Tokens of an item's prompt: of its text, and of its image.
+    ///
+    /// # Errors
+    /// What is wrong with the item or its image.
+    pub fn of(&mut self, item: &Outline) -> Result<(usize, usize)> {
+        let (f, processor) = (self.folder, self.folder.preprocessor.processor());
+        let Outline { name, question, size } = item;
+        let image = processor.outline(*size, &format!("{name}: its image"))?.tokens();
+        if let Some(&text) = self.texts.get(question) {
+            return Ok((text, image));
+        }
+        let any = Arc::new(processor.outline((1, 1), name)?);
+        let opening = self.protocol.opening(question);
+        let prompt = build_prompt(&f.tokenizer, &f.template, &opening, std::slice::from_ref(&any))?;
+        let text = prompt.len() - any.tokens();
+        self.texts.insert(question.clone(), text);
+        Ok((text, image))
+    }
+}
+
 /// Checks that the prompt of every one of `items` leaves room for an answer. Images are not read for it, only their sizes.
 ///
 /// # Errors
 /// [`Error::Limit`] naming the first item that does not fit, and how many there are; what is wrong with an item or its image.
-pub(super) fn check(config: &RunConfig, loaded: &Loaded, items: impl Iterator<Item = Result<Outline>>) -> Result<()> {
-    let processor = loaded.preprocessor.processor();
-    let protocol = CodingProtocol { style: config.rollout.prompt };
-    let most = config.rollout.context.min(loaded.model.config.max_position_embeddings);
-    // Questions repeat, and so does the text around them.
-    let mut texts: HashMap<String, usize> = HashMap::new();
+pub(super) fn check(config: &RunConfig, folder: &Folder, items: impl Iterator<Item = Result<Outline>>) -> Result<()> {
+    let most = config.rollout.context.min(folder.config.max_position_embeddings);
+    let mut measure = Measure::new(config, folder);
     let (mut first, mut unfit) = (None, 0);
     for item in items {
-        let Outline { name, question, size } = item?;
-        let image = processor.outline(size, &format!("{name}: its image"))?.tokens();
-        let text = match texts.get(&question) {
-            Some(&n) => n,
-            None => {
-                let any = Arc::new(processor.outline((1, 1), &name)?);
-                let opening = protocol.opening(&question);
-                let prompt = build_prompt(&loaded.tokenizer, &loaded.template, &opening, std::slice::from_ref(&any))?;
-                *texts.entry(question).or_insert(prompt.len() - any.tokens())
-            }
-        };
+        let item = item?;
+        let (text, image) = measure.of(&item)?;
         if text + image >= most {
             unfit += 1;
-            first.get_or_insert((name, text, image));
+            first.get_or_insert((item.name, text, image));
         }
     }
     let Some((name, text, image)) = first else { return Ok(()) };

@@ -1,3 +1,4 @@
+use super::device::{self, DeviceArgs};
 use super::session::model_in;
 use crate::device::{DType, Device};
 use crate::input::{
@@ -10,6 +11,7 @@ use crate::model::{Config, LoadOptions, Model};
 use crate::ops::linear::{self, Epilogue};
 use crate::ops::patch_embed::{self, Geometry, INPUTS};
 use crate::ops::softmax;
+use crate::train::RunConfig;
 use crate::{Error, Result};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, serialize_to_file};
@@ -44,13 +46,17 @@ pub(super) struct Args {
     /// Threads; 0 for all cores
     #[arg(long, default_value_t = 0, value_parser = super::threads)]
     threads: usize,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 /// Rows of logits at a time.
 const ROWS: usize = 64;
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let folder = PathBuf::from(model_in(&args.model)?.path);
+    let mut config = RunConfig::read(None, &args.device.with(&[]))?;
+    (config.model, config.run.threads) = (model_in(&args.model)?, args.threads);
+    let folder = PathBuf::from(&config.model.path);
     // Whatever the names are: links too.
     let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
     if same(&args.out, &args.conversation) {
@@ -66,7 +72,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
             "name a file with --out",
         ));
     }
-    let device = Device::cpu(args.threads);
+    device::settle(&mut config);
+    let device = device::open(&config.run)?;
     let prompt = read_prompt(args, &folder, device.threads())?;
     let model = Model::load(&folder, &device, &LoadOptions { freeze_vision: true, progress: true })?;
     let limit = model.config.max_position_embeddings;
@@ -131,8 +138,8 @@ impl Inspected {
     fn new(model: &Model, processor: &ImageProcessor, prompt: Prompt) -> Result<Inspected> {
         let (c, d, s) = (&model.config, model.device(), model.device().stream());
         let t = prompt.len();
-        // All logits, and once more as the file's bytes.
-        d.check_room(
+        // All logits, and once more as the file's bytes, which the host holds.
+        Device::cpu(1).check_room(
             t.saturating_mul(2 * c.vocab_size * size_of::<f32>()),
             &format!("the logits of {t} tokens"),
             "shorten the conversation, or show smaller images",
@@ -167,7 +174,7 @@ impl Inspected {
         }
         let mut positions = Positions::default();
         positions::extend(0, t, &spans, &mut positions);
-        let image_embeds = vision_output(&s.read::<f32>(acts.vision_out()).wait()?, &prompt, c.hidden_size);
+        let image_embeds = vision_output(&s.read_floats(acts.vision_out())?, &prompt, c.hidden_size);
         let (hidden_size, vocab) = (c.hidden_size, c.vocab_size);
         Ok(Inspected { prompt, positions, pixel_values, grid, image_embeds, hidden_size, logits, vocab, log_probs })
     }

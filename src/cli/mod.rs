@@ -12,12 +12,16 @@ macro_rules! say {
 }
 
 mod chat;
+mod device;
 mod doctor;
+mod dry;
 mod eval;
 mod fit;
 mod init;
 mod inspect;
+mod memory;
 mod quickstart;
+mod rate;
 mod records;
 mod report;
 mod rollout;

@@ -1,5 +1,6 @@
 //! The folder that `eval` and `rollout` fill: episodes with their images, figures, a report.
 
+use super::device::{DeviceArgs, settle};
 use super::session::{CONFIG_FILE, quoted, trained};
 use crate::model::write_atomically;
 use crate::report::{MetricsLog, TrajectoryStore};
@@ -22,17 +23,20 @@ pub(super) struct ModelArgs {
     /// The folder to write
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 impl ModelArgs {
-    /// The configuration that the command line describes; its `model.path` is the model to use.
+    /// The configuration that the command line describes; its `model.path` is the model to use, its device is settled.
     ///
     /// # Errors
     /// As [`RunConfig::read`]; and where the folder is not a run's, or the model's is not there.
     pub fn config(&self) -> Result<RunConfig> {
+        let overrides = self.device.with(&self.overrides);
         let mut config = match &self.file {
-            Some(dir) if dir.is_dir() => trained(dir, &self.overrides)?,
-            file => RunConfig::read(file.as_deref(), &self.overrides)?,
+            Some(dir) if dir.is_dir() => trained(dir, &overrides)?,
+            file => RunConfig::read(file.as_deref(), &overrides)?,
         };
         if let Some(dir) = &self.model {
             config.model.path = dir.display().to_string();
@@ -41,6 +45,7 @@ impl ModelArgs {
         if !config.model.path.is_empty() {
             super::check_model_folder(Path::new(&config.model.path))?;
         }
+        settle(&mut config);
         Ok(config)
     }
 }

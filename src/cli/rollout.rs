@@ -1,12 +1,13 @@
 use super::fit;
 use super::records::{ModelArgs, Records, ended_early};
 use super::session::stop_on_signal;
-use super::setup::{Loaded, held_out_examples, python, training_examples};
+use super::setup::{Folder, held_out_examples, python, training_examples};
 use crate::agent::{Author, Job, Partial, Trajectory};
 use crate::model::write_atomically;
 use crate::report::view::Phase;
 use crate::report::{Progress, TrajectoryStore};
 use crate::tasks::{Example, Examples};
+use crate::train::room::Work;
 use crate::train::run::{episode_metrics, views};
 use crate::{Error, Result};
 use clap::builder::RangedU64ValueParser;
@@ -53,8 +54,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         false => training_examples(&config)?,
     };
     let tool = python(&config)?;
-    let loaded = Loaded::new(&config, None)?;
-    fit::check(&config, &loaded, fit::first(&*all, args.items))?;
+    let loaded = Folder::open(&config)?.load(&config, None, Work::Rollouts)?;
+    fit::check(&config, &loaded.folder, fit::first(&*all, args.items))?;
     let engine = loaded.engine(&config)?;
     let rollouts = loaded.rollouts(&config, &engine, tool, &stop);
 
@@ -90,7 +91,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             });
         finished += episodes.iter().flatten().count() as u64;
         let most = SHOWN - shown.len();
-        match views(&episodes, &jobs, 0, Phase::Train, most, &records.store, &loaded.tokenizer, |_| None) {
+        match views(&episodes, &jobs, 0, Phase::Train, most, &records.store, &loaded.folder.tokenizer, |_| None) {
             Ok(more) => shown.extend(more),
             Err(e) => unwritten = unwritten.or(Some(e)),
         }

@@ -1,9 +1,10 @@
 //! The folder of a run, and one session of work on it: begun anew or gone on with, never two at once.
 
+use super::device::{DeviceArgs, settle};
 use super::setup::Loaded;
 use crate::model::write_atomically;
 use crate::train::checkpoint::{Checkpoint, Checkpoints, TrainState};
-use crate::train::config::Model as ModelConfig;
+use crate::train::config::{Model as ModelConfig, Place};
 use crate::train::learner::Learner;
 use crate::train::run::{Keeper, OPTIMIZER_FILE};
 use crate::train::{RunConfig, grpo::Finished};
@@ -26,17 +27,33 @@ pub(super) struct RunArgs {
     /// Goes on from the run's newest complete checkpoint
     #[arg(long)]
     pub resume: bool,
+    /// Reads the data, says what the run would compute, hold in memory and take, and ends; writes nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 impl RunArgs {
-    /// The configuration that the command line describes.
+    /// The configuration that the command line describes, on a device that is settled.
     ///
     /// # Errors
     /// As [`RunConfig::read`].
     pub fn config(&self) -> Result<RunConfig> {
+        let mut config = self.described()?;
+        let file = config.run_dir().join(CONFIG_FILE);
+        if self.resume && config.run.device == Place::Auto && file.is_file() {
+            config.run.device = RunConfig::read(Some(&file), &[])?.run.device;
+        }
+        settle(&mut config);
+        Ok(config)
+    }
+
+    fn described(&self) -> Result<RunConfig> {
+        let overrides = self.device.with(&self.overrides);
         match &self.file {
             Some(dir) if dir.is_dir() => {
-                let mut config = RunConfig::read(Some(&config_file(dir)?), &self.overrides)?;
+                let mut config = RunConfig::read(Some(&config_file(dir)?), &overrides)?;
                 // The folder may have been moved or renamed since.
                 let full = dir.canonicalize().map_err(|e| Error::io("find", dir, e))?;
                 if let (Some(parent), Some(name)) = (full.parent(), full.file_name()) {
@@ -45,7 +62,7 @@ impl RunArgs {
                 }
                 Ok(config)
             }
-            file => RunConfig::read(file.as_deref(), &self.overrides),
+            file => RunConfig::read(file.as_deref(), &overrides),
         }
     }
 }
@@ -205,7 +222,7 @@ impl Session {
     pub fn keeper(&self, config: &RunConfig, loaded: &Loaded) -> Result<Keeper> {
         let (text, file) = (config.to_toml()?, self.dir.join(CONFIG_FILE));
         write_atomically(&file, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io("write", &file, e)))?;
-        let (tokenizer, companions) = (loaded.tokenizer.clone(), loaded.companions.clone());
+        let (tokenizer, companions) = (loaded.folder.tokenizer.clone(), loaded.folder.companions.clone());
         Keeper::open(&self.dir, config, self.state.clone(), tokenizer, companions)
     }
 

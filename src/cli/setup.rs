@@ -1,19 +1,21 @@
 //! From a run file to what a command works with: model, tokenizer, engine, tool, questions.
 
-use super::fit;
+use super::{device, fit};
 use crate::agent::{CodingProtocol, EnginePolicy, EpisodeOptions, RewardRule, Rollouts, See};
-use crate::device::Device;
+use crate::device::{DType, Device};
 use crate::engine::{Engine, EngineOptions, Sampling};
 use crate::input::{ChatTemplate, Image, ImageProcessor, ImageSource, Picture, Preprocessor, Tokenizer};
 use crate::model::{Config, LoadOptions, Model};
+use crate::ops::patch_embed::PATCH;
 use crate::tasks::synthetic::{self, Subset, Synthetic};
 use crate::tasks::{Example, Examples, MatExamples, Outline, SyntheticExamples};
 use crate::tools::python::environment::Search;
 use crate::tools::{Limits, PythonOptions, PythonTool, Tool};
 use crate::train::RunConfig;
-use crate::train::config::{Place, TaskKind};
+use crate::train::config::TaskKind;
 use crate::train::learner::Learner;
-use crate::train::room::{self, Source};
+use crate::train::memory::{Part, Plan, Target, engine_options};
+use crate::train::room::Work;
 use crate::train::run::Setup;
 use crate::{Error, Result};
 use image::RgbImage;
@@ -40,39 +42,67 @@ const COMPANIONS: [&str; 11] = [
     "generation_config.json",
 ];
 
-/// A model folder, loaded.
-pub(super) struct Loaded {
-    pub model: Arc<Model>,
+/// A model folder, but for its weights, and the device that they are for.
+pub(super) struct Folder {
+    dir: PathBuf,
+    pub config: Config,
+    pub device: Device,
     pub tokenizer: Arc<Tokenizer>,
     pub template: Arc<ChatTemplate>,
     pub preprocessor: Arc<Preprocessor>,
     pub companions: Vec<PathBuf>,
 }
 
-impl Loaded {
-    /// `config.model.path` with everything that belongs to it, but the weights of `weights`, where those are others (a
-    /// checkpoint's).
+impl Folder {
+    /// `config.model.path` and everything in it that is small: what is wrong with that should not wait for the weights.
     ///
     /// # Errors
-    /// Whatever is wrong with one of the folders.
-    pub fn new(config: &RunConfig, weights: Option<&Path>) -> Result<Loaded> {
+    /// Whatever is wrong with the folder or the device.
+    pub fn open(config: &RunConfig) -> Result<Folder> {
         let dir = model_dir(config)?;
-        // The small files first: what is wrong with them should not wait for the weights.
         let tokenizer = Arc::new(Tokenizer::load(&dir)?);
-        Config::load(&dir)?.check_tokenizer(&tokenizer)?;
+        let model = Config::load(&dir)?;
+        model.check_tokenizer(&tokenizer)?;
         let template = Arc::new(ChatTemplate::load(&dir)?);
         let preprocessor = preprocessor(config, &dir)?;
-        let device = match config.run.device {
-            Place::Cpu => Device::cpu(config.run.threads),
-            Place::Cuda => Device::cuda(0)?,
-            Place::Emulated => Device::emulated(config.run.seed)?,
-        };
-        let options = LoadOptions { freeze_vision: config.model.freeze_vision, progress: true };
-        let model = Arc::new(Model::load(weights.unwrap_or(&dir), &device, &options)?);
+        let device = device::open(&config.run)?;
         let companions = COMPANIONS.iter().map(|f| dir.join(f)).filter(|p| p.is_file()).collect();
-        Ok(Loaded { model, tokenizer, template, preprocessor, companions })
+        Ok(Folder { dir, config: model, device, tokenizer, template, preprocessor, companions })
     }
 
+    /// Where the memory of a run of `config` goes.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] where it does not fit, or a cache holds less than the run file allows an episode.
+    pub fn plan(&self, config: &RunConfig, work: Work) -> Result<Plan> {
+        let target = Target::of(&self.device);
+        if !matches!(work, Work::Conversations { .. }) {
+            check_caches(config, &self.config, target.float)?;
+        }
+        Plan::new(&self.config, config, target, work)
+    }
+
+    /// The folder with its weights, or those of `weights`, where those are others (a checkpoint's), for `work`.
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan); whatever is wrong with the weights.
+    pub fn load(self, config: &RunConfig, weights: Option<&Path>, work: Work) -> Result<Loaded> {
+        let plan = self.plan(config, work)?;
+        let options = LoadOptions { freeze_vision: config.model.freeze_vision, progress: true };
+        let model = Arc::new(Model::load(weights.unwrap_or(&self.dir), &self.device, &options)?);
+        Ok(Loaded { folder: self, plan, model })
+    }
+}
+
+/// A model folder, loaded.
+pub(super) struct Loaded {
+    pub folder: Folder,
+    /// Where its memory goes.
+    pub plan: Plan,
+    pub model: Arc<Model>,
+}
+
+impl Loaded {
     /// The model that the run began with, where the loss ties the policy to it.
     ///
     /// # Errors
@@ -82,41 +112,29 @@ impl Loaded {
             return Ok(None);
         }
         let options = LoadOptions { freeze_vision: true, progress: true };
-        Model::load(&model_dir(config)?, self.model.device(), &options).map(Some)
+        Model::load(&self.folder.dir, &self.folder.device, &options).map(Some)
     }
 
-    /// An engine for this model, of the size that the run file gives.
+    /// An engine for this model, of the size that the plan gives.
     ///
     /// # Errors
-    /// [`Error::Limit`] where a cache holds less than the run file allows an episode; as [`Engine::start`].
+    /// As [`Engine::start`].
     pub fn engine(&self, config: &RunConfig) -> Result<Arc<Engine>> {
-        let r = &config.rollout;
-        let patch = self.preprocessor.processor().patch;
-        check_caches(config, &self.model.config, config.model.max_pixels / (patch * patch))?;
-        let engine = Engine::start(
-            self.model.clone(),
-            EngineOptions {
-                kv_bytes: r.kv_cache_mib << 20,
-                vision_bytes: r.vision_cache_mib << 20,
-                max_context: r.context,
-                max_sequences: r.concurrency,
-                step_tokens: r.batch_tokens,
-                // The largest image that preprocessing makes must fit one step.
-                step_patches: (config.model.max_pixels / (patch * patch)).max(EngineOptions::default().step_patches),
-                forbidden: None,
-                tokenizer: Some(self.tokenizer.clone()),
-            },
-        )?;
-        Ok(Arc::new(engine))
+        let options = EngineOptions {
+            kv_bytes: self.plan.bytes(Part::KvPages),
+            tokenizer: Some(self.folder.tokenizer.clone()),
+            ..engine_options(config, &self.model.config)
+        };
+        Ok(Arc::new(Engine::start(self.model.clone(), options)?))
     }
 
-    /// A learner for this model, with room for the largest batches that the run file allows.
+    /// A learner for this model, with the room that the plan gives.
     ///
     /// # Errors
-    /// As [`room::check`] and [`Learner::new`].
-    pub fn learner(&self, config: &RunConfig, source: Source, forbidden: &[u32]) -> Result<Learner> {
-        let learner = Learner::new(self.model.clone(), &config.optim, forbidden)?;
-        room::check(config, &self.model, source)?;
+    /// As [`Learner::new`].
+    pub fn learner(&self, config: &RunConfig, forbidden: &[u32]) -> Result<Learner> {
+        let mut learner = Learner::new(self.model.clone(), &config.optim, forbidden)?;
+        learner.give(self.plan.activations);
         Ok(learner)
     }
 
@@ -129,10 +147,14 @@ impl Loaded {
         stop: &Arc<AtomicBool>,
     ) -> Rollouts {
         Rollouts {
-            policy: Arc::new(EnginePolicy::new(engine.clone(), self.tokenizer.clone(), self.template.clone())),
+            policy: Arc::new(EnginePolicy::new(
+                engine.clone(),
+                self.folder.tokenizer.clone(),
+                self.folder.template.clone(),
+            )),
             protocol: CodingProtocol { style: config.rollout.prompt },
             tool,
-            see: see(self.preprocessor.clone()),
+            see: see(self.folder.preprocessor.clone()),
             options: episode_options(config),
             concurrency: config.rollout.concurrency,
             stop: stop.clone(),
@@ -146,14 +168,14 @@ impl Loaded {
     pub fn setup(&self, config: &RunConfig, stop: &Arc<AtomicBool>) -> Result<Setup> {
         let train = training_examples(config)?;
         let eval = if config.log.eval_every > 0 { held_out_examples(config, stop)? } else { Vec::new() };
-        fit::check(config, self, fit::first(&*train, u64::MAX))?;
-        fit::check(config, self, eval.iter().map(|e| Ok(Outline::of(e))))?;
+        fit::check(config, &self.folder, fit::first(&*train, u64::MAX))?;
+        fit::check(config, &self.folder, eval.iter().map(|e| Ok(Outline::of(e))))?;
         let tool = python(config)?;
         let engine = self.engine(config)?;
         Ok(Setup {
             rollouts: self.rollouts(config, &engine, tool, stop),
             engine,
-            tokenizer: self.tokenizer.clone(),
+            tokenizer: self.folder.tokenizer.clone(),
             train,
             eval,
             stop: stop.clone(),
@@ -161,26 +183,27 @@ impl Loaded {
     }
 }
 
-/// That the engine's caches hold an episode of `rollout.context` tokens (or as many as the model takes) and an image of
-/// `patches` patches. In smaller ones episodes would end early, and nothing would say why.
+/// That the engine's caches, where the run file gives their sizes, hold an episode of `rollout.context` tokens (or as many as the model
+/// takes) and an image of `model.max_pixels`, in elements of type `float`. In smaller ones episodes would end early, and nothing
+/// would say why.
 ///
 /// # Errors
 /// [`Error::Limit`] naming the key and the least value that does.
-fn check_caches(config: &RunConfig, model: &Config, patches: usize) -> Result<()> {
-    let r = &config.rollout;
+fn check_caches(config: &RunConfig, model: &Config, float: DType) -> Result<()> {
+    let (r, patches) = (&config.rollout, config.model.max_pixels / (PATCH * PATCH));
     let context = r.context.min(model.max_position_embeddings);
     for (key, mib, needed, what, other) in [
         (
             "rollout.kv_cache_mib",
             r.kv_cache_mib,
-            EngineOptions::kv_bytes_for(model, context),
+            if r.kv_cache_mib == 0 { 0 } else { EngineOptions::kv_bytes_for(model, float, context) },
             format!("an episode of {context} tokens"),
             "rollout.context",
         ),
         (
             "rollout.vision_cache_mib",
             r.vision_cache_mib,
-            EngineOptions::vision_bytes_for(model, patches),
+            EngineOptions::vision_bytes_for(model, float, patches),
             format!("an image of {patches} patches"),
             "model.max_pixels",
         ),
@@ -366,20 +389,25 @@ mod tests {
     fn caches_that_hold_less_than_an_episode_are_refused() {
         for preset in Preset::ALL {
             let (model, mut config) = (preset.config(), RunConfig::default());
-            check_caches(&config, &model, 2048).unwrap();
+            check_caches(&config, &model, DType::F32).unwrap();
             config.rollout.vision_cache_mib = 0;
-            let e = check_caches(&config, &model, 2048).unwrap_err().to_string();
+            let e = check_caches(&config, &model, DType::F32).unwrap_err().to_string();
             assert!(e.contains("rollout.vision_cache_mib to") && e.contains("model.max_pixels"), "{e}");
             config.rollout.kv_cache_mib = 3;
-            let e = check_caches(&config, &model, 2048).unwrap_err().to_string();
+            let e = check_caches(&config, &model, DType::F32).unwrap_err().to_string();
             assert!(e.contains("rollout.kv_cache_mib to") && e.contains("rollout.context"), "{e}");
             // The value that the error names is the least that works.
             let least: usize = e.split("mib to ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
             config.rollout.vision_cache_mib = 256;
             config.rollout.kv_cache_mib = least;
-            check_caches(&config, &model, 2048).unwrap();
+            check_caches(&config, &model, DType::F32).unwrap();
             config.rollout.kv_cache_mib = least - 1;
-            check_caches(&config, &model, 2048).unwrap_err();
+            check_caches(&config, &model, DType::F32).unwrap_err();
+            // Half the bytes hold as much in bf16; and what is not given is no mistake.
+            config.rollout.kv_cache_mib = least.div_ceil(2);
+            check_caches(&config, &model, DType::BF16).unwrap();
+            config.rollout.kv_cache_mib = 0;
+            check_caches(&config, &model, DType::F32).unwrap();
         }
     }
 }

@@ -1,12 +1,13 @@
+use super::dry;
 use super::session::{RunArgs, Session, stop_on_signal};
-use super::setup::{Loaded, episode_options, python, see, training_examples};
+use super::setup::{Folder, episode_options, python, see, training_examples};
 use crate::agent::{CodingProtocol, Conversations, Job, Rollouts, ScriptedPolicy, Trajectory, demonstration};
 use crate::engine::placeholders;
 use crate::tasks::Examples;
 use crate::train::RunConfig;
 use crate::train::config::TaskKind;
 use crate::train::order::item_at;
-use crate::train::room::Source;
+use crate::train::room::Work;
 use crate::train::sft;
 use crate::{Error, Result};
 use std::path::Path;
@@ -31,6 +32,9 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let config = args.run.config()?;
+    if args.run.dry_run {
+        return dry::sft(&config);
+    }
     let session = Session::open(&config, "sft", args.run.resume)?;
     let stop = stop_on_signal()?;
     // What is wrong with the data should not wait for the weights.
@@ -39,13 +43,16 @@ pub(super) fn run(args: &Args) -> Result<()> {
         path => Some(Conversations::open(Path::new(path))?),
     };
     source.as_ref().map_or(Ok(()), Conversations::check_images)?;
-    let loaded = Loaded::new(&config, session.weights())?;
-    let most = loaded.model.config.max_position_embeddings;
-    if let Some(talks) = &source {
-        talks.check_lengths(&loaded.tokenizer, &loaded.template, loaded.preprocessor.processor(), most)?;
-    }
-    let forbidden = placeholders(&loaded.model.config, Some(&loaded.tokenizer));
-    let mut learner = loaded.learner(&config, Source::Conversations, &forbidden)?;
+    let folder = Folder::open(&config)?;
+    let most = folder.config.max_position_embeddings;
+    let lengths = source.as_ref().map_or(Ok(Vec::new()), |talks| {
+        talks.lengths(&folder.tokenizer, &folder.template, folder.preprocessor.processor(), most)
+    })?;
+    let longest = lengths.iter().map(|l| l.tokens).max().unwrap_or(0);
+    let loaded = folder.load(&config, session.weights(), Work::Conversations { longest })?;
+    let folder = &loaded.folder;
+    let forbidden = placeholders(&folder.config, Some(&folder.tokenizer));
+    let mut learner = loaded.learner(&config, &forbidden)?;
     session.restore(&mut learner)?;
     let seed = config.run.seed;
     let finished = match source {
@@ -53,11 +60,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
             let mut keeper = session.keeper(&config, &loaded)?;
             sft::sft(&config, &mut learner, &mut keeper, &stop, |i| {
                 let item = item_at(seed, talks.count() as u64, i) as usize;
-                talks.trajectory(item, &loaded.tokenizer, &loaded.template, &loaded.preprocessor, most)
+                talks.trajectory(item, &folder.tokenizer, &folder.template, &folder.preprocessor, most)
             })
         }
         None => {
-            let teacher = Teacher::new(&config, &loaded, &stop)?;
+            let teacher = Teacher::new(&config, folder, &stop)?;
             let mut keeper = session.keeper(&config, &loaded)?;
             sft::sft(&config, &mut learner, &mut keeper, &stop, |i| teacher.episode(i, seed))
         }
@@ -73,14 +80,14 @@ struct Teacher {
 }
 
 impl Teacher {
-    fn new(config: &RunConfig, loaded: &Loaded, stop: &Arc<AtomicBool>) -> Result<Teacher> {
+    fn new(config: &RunConfig, folder: &Folder, stop: &Arc<AtomicBool>) -> Result<Teacher> {
         if config.task.kind != TaskKind::Synthetic {
             return Err(Error::input(
                 "`sft.data` is not set, and only the synthetic task has demonstrations of its own",
                 "name a file of conversations: --set sft.data=FILE, or choose --set task.kind=synthetic",
             ));
         }
-        let (tokenizer, template) = (loaded.tokenizer.clone(), loaded.template.clone());
+        let (tokenizer, template) = (folder.tokenizer.clone(), folder.template.clone());
         let script = ScriptedPolicy { tokenizer, template, lines: Vec::new() };
         Ok(Teacher {
             examples: training_examples(config)?,
@@ -88,7 +95,7 @@ impl Teacher {
                 policy: Arc::new(script.clone()),
                 protocol: CodingProtocol { style: config.rollout.prompt },
                 tool: python(config)?,
-                see: see(loaded.preprocessor.clone()),
+                see: see(folder.preprocessor.clone()),
                 options: episode_options(config),
                 concurrency: 1,
                 stop: stop.clone(),

@@ -19,7 +19,7 @@ mod pool;
 mod stream;
 
 pub use buffer::{Buffer, DType, Element};
-pub use cuda::{CardInfo, has_driver};
+pub use cuda::{CardInfo, architectures, has_card, has_driver, usable_card};
 pub use gpu::{Arg, Gpu, Graph, Launch, TensorMap};
 pub use inputs::{Input, Inputs};
 pub use pool::{Pool, SendPtr};
@@ -247,13 +247,18 @@ impl Device {
         held.map_or(0, |kib| (self.allocated_bytes() as u64).saturating_sub(kib << 10))
     }
 
+    /// Bytes that are free beside what its live buffers hold or have been promised; `None` where nobody tells.
+    pub fn free_bytes(&self) -> Option<u64> {
+        self.available_bytes().map(|free| free.saturating_sub(self.promised_bytes()))
+    }
+
     /// That `bytes` for `what` can be allocated beside what is already. A CPU's memory is handed out before it is there:
     /// without this question, what does not fit ends the whole process, later, without a word.
     ///
     /// # Errors
     /// [`Error::Limit`] with both figures and `mend`.
     pub fn check_room(&self, bytes: usize, what: &str, mend: &str) -> Result<()> {
-        match self.available_bytes().map(|free| free.saturating_sub(self.promised_bytes())) {
+        match self.free_bytes() {
             Some(free) if bytes as u64 > free => {
                 let mib = |bytes: u64| bytes.div_ceil(1 << 20);
                 let (need, free) = (mib(bytes as u64), mib(free));

@@ -93,16 +93,42 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
-    /// The least [`kv_bytes`](Self::kv_bytes) that hold a sequence of `tokens` tokens of a model of shape `config`, in f32: on the
-    /// host's cores.
-    pub fn kv_bytes_for(config: &Config, tokens: usize) -> usize {
-        tokens.div_ceil(BLOCK) * KvCache::bytes_per_block(DType::F32, config.layers, config.kv_heads, config.head_dim())
+    /// The least [`kv_bytes`](Self::kv_bytes) that hold a sequence of `tokens` tokens of a model of shape `config`, on a device
+    /// whose [`float`](crate::device::Device::float) is this.
+    pub fn kv_bytes_for(config: &Config, float: DType, tokens: usize) -> usize {
+        tokens.div_ceil(BLOCK) * page_bytes(config, float)
     }
 
-    /// The least [`vision_bytes`](Self::vision_bytes) that hold an image of `patches` patches.
-    pub fn vision_bytes_for(config: &Config, patches: usize) -> usize {
-        patches.div_ceil(4).next_multiple_of(vision::PAGE) * config.hidden_size * size_of::<f32>()
+    /// The least [`vision_bytes`](Self::vision_bytes) that hold an image of `patches` patches, on such a device.
+    pub fn vision_bytes_for(config: &Config, float: DType, patches: usize) -> usize {
+        patches.div_ceil(4).next_multiple_of(vision::PAGE) * config.hidden_size * float.size()
     }
+
+    /// Bytes that an engine for such a model, on such a device, holds beside [`kv_bytes`](Self::kv_bytes) and
+    /// [`vision_bytes`](Self::vision_bytes): what its steps work in, but for the rounding of buffers.
+    pub fn step_bytes(&self, config: &Config, float: DType) -> usize {
+        // Beyond any machine; sums of what is less stay whole numbers.
+        let most = self.step_tokens.max(self.step_patches).max(self.max_sequences);
+        if most > 1 << 32 { usize::MAX } else { Runner::step_bytes(config, float, &self.limits(config, float).0) }
+    }
+
+    /// What a step may hold, and pages of the KV cache.
+    fn limits(&self, config: &Config, float: DType) -> (Limits, usize) {
+        let blocks = self.kv_bytes / page_bytes(config, float);
+        let limits = Limits {
+            block: BLOCK,
+            max_len: self.max_context.min(config.max_position_embeddings).min(blocks * BLOCK),
+            step_tokens: self.step_tokens,
+            step_patches: self.step_patches,
+            max_sequences: self.max_sequences,
+        };
+        (limits, blocks)
+    }
+}
+
+/// Bytes of a page of keys and values in all layers.
+fn page_bytes(config: &Config, float: DType) -> usize {
+    KvCache::bytes_per_block(float, config.layers, config.kv_heads, config.head_dim())
 }
 
 /// The ids that stand for pictures and mean nothing as text, ascending: what a rollout must not sample, because whoever
@@ -193,9 +219,10 @@ impl Engine {
     pub fn start(model: Arc<Model>, options: EngineOptions) -> Result<Engine> {
         let c = &model.config;
         options.tokenizer.as_deref().map_or(Ok(()), |t| c.check_tokenizer(t))?;
-        let per_block = KvCache::bytes_per_block(model.device().float(), c.layers, c.kv_heads, c.head_dim());
-        let blocks = options.kv_bytes / per_block;
-        let max_context = options.max_context.min(c.max_position_embeddings).min(blocks * BLOCK);
+        let float = model.device().float();
+        let per_block = page_bytes(c, float);
+        let (limits, blocks) = options.limits(c, float);
+        let max_context = limits.max_len;
         if max_context < 2 || options.max_sequences == 0 || options.step_tokens == 0 {
             return Err(Error::limit(
                 format!(
@@ -224,10 +251,10 @@ impl Engine {
         // A lower bound: what the largest buffers take, so that no option can ask for what ends the process.
         let widest = [c.hidden_size, c.qkv_width(), 2 * c.intermediate_size].into_iter().max().unwrap_or(0);
         let needed = [
-            options.step_tokens.saturating_mul(widest * size_of::<f32>()),
+            options.step_tokens.saturating_mul(widest * float.size()),
             options
                 .step_patches
-                .saturating_mul(c.vision.hidden_size.max(2 * c.vision.intermediate_size) * size_of::<f32>()),
+                .saturating_mul(c.vision.hidden_size.max(2 * c.vision.intermediate_size) * float.size()),
             options.max_sequences.saturating_mul(c.vocab_size * size_of::<f32>()),
             options.max_sequences.saturating_mul(max_context.div_ceil(BLOCK) * size_of::<u32>()),
         ];
@@ -239,20 +266,13 @@ impl Engine {
             "lower rollout.kv_cache_mib, vision_cache_mib, concurrency or batch_tokens, or model.max_pixels, in a run file; in a \
              program EngineOptions::kv_bytes, vision_bytes, max_sequences, step_tokens or step_patches",
         )?;
-        let row = c.hidden_size * model.device().float().size();
+        let row = c.hidden_size * float.size();
         let vision_rows = options.vision_bytes / row / vision::PAGE * vision::PAGE;
         let in_cache = vision_rows * 4;
         let max_patches = if in_cache < options.step_patches {
             (in_cache, "EngineOptions::vision_bytes (in a run file rollout.vision_cache_mib)")
         } else {
             (options.step_patches, "EngineOptions::step_patches (in a run file model.max_pixels)")
-        };
-        let limits = Limits {
-            block: BLOCK,
-            max_len: max_context,
-            step_tokens: options.step_tokens,
-            step_patches: options.step_patches,
-            max_sequences: options.max_sequences,
         };
         let has_tokenizer = options.tokenizer.is_some();
         let (commands, inbox) = channel();

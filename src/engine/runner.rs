@@ -4,7 +4,7 @@ use super::plan::Plan;
 use super::scheduler::Limits;
 use crate::Result;
 use crate::device::{Buffer, DType, Graph, Input, Inputs, Pending, Stream};
-use crate::model::{Model, StepBatch, StepLimits, VisionWorkspace, Workspace};
+use crate::model::{Config, Model, StepBatch, StepLimits, VisionWorkspace, Workspace};
 use crate::ops::kv_cache::{self, KvCache};
 use crate::ops::sample::{SampleParams, sample};
 use crate::ops::{rows, softmax};
@@ -97,16 +97,21 @@ pub(super) struct Runner {
     replays: u64,
 }
 
+/// Room for every step within `limits`.
+fn step_limits(limits: &Limits) -> StepLimits {
+    StepLimits {
+        tokens: limits.step_tokens,
+        segments: limits.max_sequences,
+        blocks_per_segment: limits.max_len.div_ceil(limits.block),
+        logits: limits.max_sequences,
+    }
+}
+
 impl Runner {
     pub fn new(model: Arc<Model>, limits: &Limits, blocks: usize, vision_rows: usize, forbidden: &[u32]) -> Runner {
         let (c, d) = (&model.config, model.device().clone());
         let most = limits.max_sequences;
-        let step = StepLimits {
-            tokens: limits.step_tokens,
-            segments: most,
-            blocks_per_segment: limits.max_len.div_ceil(limits.block),
-            logits: most,
-        };
+        let step = step_limits(limits);
         Runner {
             stream: d.stream(),
             cache: model.kv_cache(blocks),
@@ -125,6 +130,17 @@ impl Runner {
             replays: 0,
             model,
         }
+    }
+
+    /// Bytes that a runner holds beside pages and the vision cache, but for the rounding of buffers.
+    pub fn step_bytes(c: &Config, float: DType, limits: &Limits) -> usize {
+        let (most, step, images) = (limits.max_sequences, step_limits(limits), limits.step_patches / 4);
+        // Of each draw: a token and its log-probability.
+        let draw = DType::U32.size() + DType::F32.size();
+        let host =
+            images * (c.hidden_size * float.size() + DType::U32.size()) + 4 * softmax::forbidden_words(c.vocab_size);
+        let step = StepBatch::bytes(&step) + Workspace::bytes(c, float, &step);
+        step + VisionWorkspace::bytes(c, float, limits.step_patches) + host + most * (draw + c.vocab_size * 4)
     }
 
     /// Submits a step: page copies, images, the decoder, the draws.

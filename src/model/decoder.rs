@@ -124,13 +124,22 @@ pub struct StepBatch {
 }
 
 impl StepBatch {
+    /// Bytes of room for steps within `limits`.
+    pub fn bytes(limits: &StepLimits) -> usize {
+        (Self::most_words(limits) + limits.segments * limits.blocks_per_segment) * DType::U32.size()
+    }
+
+    /// So many words that no step's lists outgrow them: seven lists of rows, three of segments, all that the tables hold with its
+    /// places, up to twelve that are added for each row of logits, and what lies between lists.
+    fn most_words(limits: &StepLimits) -> usize {
+        let StepLimits { tokens, segments, blocks_per_segment, logits } = *limits;
+        7 * tokens + 3 * segments + 2 * segments * blocks_per_segment + 12 * logits + 128
+    }
+
     /// Room for steps within `limits`.
     pub fn new(device: &Device, limits: &StepLimits) -> StepBatch {
-        let StepLimits { tokens, segments, blocks_per_segment, logits } = *limits;
-        // So many words that no step's lists outgrow them: seven lists of rows, three of segments, all that the tables hold with its
-        // places, up to twelve that are added for each row of logits, and what lies between lists.
-        let most = 7 * tokens + 3 * segments + 2 * segments * blocks_per_segment + 12 * logits + 128;
-        let mut inputs = Inputs::new(device, size_of::<u32>() * most);
+        let StepLimits { segments, blocks_per_segment, .. } = *limits;
+        let mut inputs = Inputs::new(device, size_of::<u32>() * Self::most_words(limits));
         let nothing = inputs.put_all::<u32>(&[]);
         let nothing = inputs.get(nothing);
         StepBatch {
@@ -238,6 +247,13 @@ pub struct Workspace {
 }
 
 impl Workspace {
+    /// Bytes of room for steps within `limits`, where activations are of type `float`.
+    pub fn bytes(config: &Config, float: DType, limits: &StepLimits) -> usize {
+        let (shape, h) = (config.layer_shape(), config.hidden_size);
+        let row = (2 * h + shape.in_place_values()) * float.size() + Rope::row_bytes(shape.head_dim);
+        limits.tokens * row + limits.logits * h * float.size()
+    }
+
     /// Room for steps within `limits`.
     pub fn new(config: &Config, device: &Device, limits: &StepLimits) -> Workspace {
         let (shape, h) = (config.layer_shape(), config.hidden_size);

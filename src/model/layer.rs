@@ -52,9 +52,10 @@ impl LayerShape {
         let k = self.q_width();
         Tokens { rows: qkv, stride: self.qkv_width(), k, v: k + self.kv_width(), slots, n }
     }
-    /// Values per row that `LayerActs::new` allocates.
-    pub fn kept_values(&self) -> usize {
-        3 * self.hidden + self.qkv_width() + self.q_width() + self.heads + 3 * self.intermediate
+    /// Bytes per row that `LayerActs::new` allocates, where activations are of type `float`.
+    pub fn kept_bytes(&self, float: DType) -> usize {
+        let values = 3 * self.hidden + self.qkv_width() + self.q_width() + 3 * self.intermediate;
+        values * float.size() + self.heads * DType::F32.size()
     }
     /// Values per row that `LayerActs::in_place` allocates.
     pub fn in_place_values(&self) -> usize {
@@ -75,6 +76,11 @@ pub struct Rope {
 }
 
 impl Rope {
+    /// Bytes of a row of tables.
+    pub fn row_bytes(head_dim: usize) -> usize {
+        head_dim * DType::F32.size()
+    }
+
     /// Tables for `rows` rows.
     pub fn new(device: &Device, rows: usize, head_dim: usize) -> Rope {
         let table = || device.alloc(DType::F32, rows * head_dim / 2);

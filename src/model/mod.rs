@@ -94,19 +94,29 @@ impl Drop for TakenWeights<'_> {
     }
 }
 
-/// That a GPU has kernels for the heads of both towers: before the weights are read.
-fn check_heads(config: &Config, device: &Device) -> Result<()> {
-    let dims = [config.head_dim(), config.vision.layer_shape().head_dim];
-    match dims.into_iter().find(|hd| !attention::HEAD_DIMS.contains(hd)) {
-        Some(hd) if !device.packs_weights() => Err(Error::limit(
-            format!("the model has heads of {hd} elements, for which a GPU has no kernel"),
-            format!(
-                "use a model with heads of {:?} elements, or the processor (run.device = \"cpu\")",
-                attention::HEAD_DIMS
-            ),
-        )),
-        _ => Ok(()),
+impl Config {
+    /// That a GPU has kernels for the heads of both towers.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] naming the width that has none.
+    pub fn check_heads(&self) -> Result<()> {
+        let dims = [self.head_dim(), self.vision.layer_shape().head_dim];
+        match dims.into_iter().find(|hd| !attention::HEAD_DIMS.contains(hd)) {
+            Some(hd) => Err(Error::limit(
+                format!("the model has heads of {hd} elements, for which a GPU has no kernel"),
+                format!(
+                    "use a model with heads of {:?} elements, or the processor (run.device = \"cpu\")",
+                    attention::HEAD_DIMS
+                ),
+            )),
+            None => Ok(()),
+        }
     }
+}
+
+/// [`Config::check_heads`] where `device` is a GPU: before the weights are read.
+fn check_heads(config: &Config, device: &Device) -> Result<()> {
+    if device.packs_weights() { Ok(()) } else { config.check_heads() }
 }
 
 impl Model {

@@ -154,23 +154,7 @@ impl ParamStore {
     /// # Errors
     /// [`Error::Limit`] if they do not fit the device's memory.
     pub fn new(config: &Config, device: &Device, freeze_vision: bool) -> Result<ParamStore> {
-        let mut segments = plan(config);
-        for s in &mut segments {
-            s.trainable = !(freeze_vision && s.name.starts_with("vision."));
-            if !device.packs_weights() {
-                s.layout = Layout::Plain;
-            }
-        }
-        segments.sort_by_key(|s| (!s.trainable, s.trainable && !s.decay));
-        let (mut end, mut decayed, mut trainable) = (0, 0, 0);
-        for s in &mut segments {
-            s.offset = end;
-            end += s.stored().next_multiple_of(ALIGN);
-            if s.trainable {
-                trainable = end;
-                decayed = if s.decay { end } else { decayed };
-            }
-        }
+        let (segments, [decayed, trainable, end]) = placed(config, device.packs_weights(), freeze_vision);
         let names = segments.iter().enumerate();
         let names = names.flat_map(|(i, s)| s.tensors.iter().enumerate().map(move |(j, t)| (t.name.clone(), (i, j))));
         let names = names.collect();
@@ -180,6 +164,20 @@ impl ParamStore {
             "use a smaller model, or a larger machine",
         )?;
         Ok(ParamStore { flat: device.zeros(device.float(), end), segments, names, decayed, trainable })
+    }
+
+    /// Elements of the flat buffer for `config`'s shape, padding included: those that training moves, and all. `packs_weights`: as
+    /// [`Device::packs_weights`].
+    pub fn lengths(config: &Config, packs_weights: bool, freeze_vision: bool) -> [usize; 2] {
+        let (_, [_, trainable, all]) = placed(config, packs_weights, freeze_vision);
+        [trainable, all]
+    }
+
+    /// Parameters of `config`'s shape, padding left out: all, and those that training moves.
+    pub fn counts(config: &Config, freeze_vision: bool) -> [usize; 2] {
+        let (segments, _) = placed(config, false, freeze_vision);
+        let count = |frozen: bool| segments.iter().filter(|s| frozen || s.trainable).map(|s| s.n * s.k).sum();
+        [count(true), count(false)]
     }
 
     /// The segments, in the order in which they lie.
@@ -340,6 +338,28 @@ pub struct VisionParams {
     pub fc1_bias: Buffer,
     pub fc2: Weight,
     pub fc2_bias: Buffer,
+}
+
+/// The segments of a shape as they lie, and where those that decay, those that are trained, and all end.
+fn placed(config: &Config, packs_weights: bool, freeze_vision: bool) -> (Vec<Segment>, [usize; 3]) {
+    let mut segments = plan(config);
+    for s in &mut segments {
+        s.trainable = !(freeze_vision && s.name.starts_with("vision."));
+        if !packs_weights {
+            s.layout = Layout::Plain;
+        }
+    }
+    segments.sort_by_key(|s| (!s.trainable, s.trainable && !s.decay));
+    let (mut end, mut decayed, mut trainable) = (0, 0, 0);
+    for s in &mut segments {
+        s.offset = end;
+        end += s.stored().next_multiple_of(ALIGN);
+        if s.trainable {
+            trainable = end;
+            decayed = if s.decay { end } else { decayed };
+        }
+    }
+    (segments, [decayed, trainable, end])
 }
 
 /// The segments of a shape, in the architecture's order; offsets are not set yet.

@@ -50,6 +50,12 @@ pub(super) struct VisionBatch {
 }
 
 impl VisionBatch {
+    /// Bytes of room for `patches` patches.
+    pub fn bytes(patches: usize) -> usize {
+        let lists = 3 * (patches / GROUP) + 2 + 2 * patches;
+        patches * PATCH * PATCH * 3 + lists * DType::U32.size()
+    }
+
     /// Room for `patches` patches.
     pub fn new(device: &Device, patches: usize) -> VisionBatch {
         let room = |n: usize| device.zeros(DType::U32, n);
@@ -95,6 +101,11 @@ pub(super) struct MergerActs {
 }
 
 impl MergerActs {
+    /// Bytes of room for `patches` patches.
+    pub fn bytes(c: &VisionConfig, float: DType, patches: usize) -> usize {
+        (3 * patches * c.hidden_size + patches / GROUP * c.out_hidden_size) * float.size()
+    }
+
     pub fn new(device: &Device, c: &VisionConfig, patches: usize) -> MergerActs {
         let room = |n: usize| device.alloc(device.float(), n);
         MergerActs {
@@ -117,6 +128,13 @@ pub struct VisionWorkspace {
 }
 
 impl VisionWorkspace {
+    /// Bytes of room for images of together `patches` patches, where activations are of type `float`.
+    pub fn bytes(config: &Config, float: DType, patches: usize) -> usize {
+        let (c, shape) = (&config.vision, config.vision.layer_shape());
+        let row = (shape.hidden + shape.in_place_values()) * float.size() + Rope::row_bytes(shape.head_dim);
+        VisionBatch::bytes(patches) + patches * row + MergerActs::bytes(c, float, patches)
+    }
+
     /// Room for images of together `patches` patches (four times their tokens).
     pub fn new(config: &Config, device: &Device, patches: usize) -> VisionWorkspace {
         let (c, shape) = (&config.vision, config.vision.layer_shape());

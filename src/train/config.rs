@@ -64,6 +64,8 @@ macro_rules! section {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Place {
+    /// NVIDIA's first card where it can be used, else the host's cores. What it came to is what a run writes down.
+    Auto,
     /// The host's cores, in f32.
     Cpu,
     /// NVIDIA's first card, in bf16.
@@ -81,9 +83,10 @@ section! {
         dir: String = "runs".into(),
         /// Decides what is random in the run: the order of the questions, and what is sampled.
         seed: u64 = 0,
-        /// `cpu`, `cuda` (NVIDIA's first card; no card has run it yet) or `emulated` (the CUDA kernels on the host under checks,
-        /// hundreds of times slower: for tests).
-        device: Place = Place::Cpu,
+        /// `cpu`, `cuda` (NVIDIA's first card; no card has run it yet), `emulated` (the CUDA kernels on the host under checks,
+        /// hundreds of times slower: for tests), or `auto`: `cuda` where there is a card that can be used, else `cpu`; the
+        /// `config.toml` in a run's folder says which it was. The same as `--device`.
+        device: Place = Place::Auto,
         /// Threads of the device; 0 means all cores that the process may use. Changes no result.
         threads: usize = 0,
     }
@@ -171,8 +174,9 @@ section! {
         output_chars: usize = 2000,
         /// Tokens in one forward pass of the engine, decoding and prompts together.
         batch_tokens: usize = 1024,
-        /// Memory for keys and values, in MiB.
-        kv_cache_mib: usize = 1024,
+        /// Memory for keys and values, in MiB. 0 for what the memory plan gives: on a GPU room for all episodes in flight, as far as
+        /// there is any; on the host's cores 1024, or what an episode needs where that is more.
+        kv_cache_mib: usize = 0,
         /// Memory for the vision tower's outputs, in MiB.
         vision_cache_mib: usize = 256,
     }
@@ -318,9 +322,14 @@ section! {
         /// is never cut: a longer one has a pass of its own.
         micro_batch_tokens: usize = 4096,
         /// Memory for what the forward pass keeps for the backward pass, in MiB; the rest is computed again. Changes no result.
-        /// 0 for 2048, or for what the largest batch needs with everything computed again where that is more: 6.0 GiB for
-        /// an episode of 8192 tokens with five images on a 3B, 8.9 GiB on a 7B.
+        /// 0 for what the memory plan gives: on a GPU as much as there is room for; on the host's cores 2048, or what the
+        /// largest batch needs with everything computed again where that is more (6.0 GiB for an episode of 8192 tokens with five images
+        /// on a 3B, 8.9 GiB on a 7B).
         activations_mib: usize = 0,
+        /// Keeps f32 masters of weights that are bf16, which they are on a GPU: 4 bytes a parameter. Without them an updated weight is
+        /// rounded up or down at random, to the nearer number the likelier, so that updates too small to move it by themselves
+        /// move it in the mean.
+        masters: bool = true,
     }
 }
 
@@ -390,7 +399,7 @@ impl RunConfig {
             (share(r.min_p) && r.min_p < 1.0, "rollout.min_p", "at least 0 and less than 1"),
             (r.concurrency > 0 && r.concurrency <= 4096, "rollout.concurrency", "from 1 to 4096"),
             (r.batch_tokens > 0, "rollout.batch_tokens", "at least 1"),
-            (size(r.kv_cache_mib), "rollout.kv_cache_mib", "from 1 to 2^40"),
+            (r.kv_cache_mib <= 1 << 40, "rollout.kv_cache_mib", "at most 2^40 (0 for what the memory plan gives)"),
             (r.vision_cache_mib <= 1 << 40, "rollout.vision_cache_mib", "at most 2^40"),
             (p.concurrency <= 1024, "tools.python.concurrency", "at most 1024 (0 for as many as there are cores)"),
             (positive(p.cpu_s) && p.cpu_s <= 1e6, "tools.python.cpu_s", "more than 0 and at most 1,000,000"),

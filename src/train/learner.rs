@@ -3,6 +3,7 @@
 use super::Optimizer;
 use super::batch::MicroBatch;
 use super::config::Optim;
+use super::memory::logit_bytes;
 use super::optimizer::Update;
 use crate::device::{Buffer, DType, Stream};
 use crate::model::Model;
@@ -12,14 +13,11 @@ use crate::ops::softmax::forbidden_set;
 use crate::{Error, Result};
 use std::sync::Arc;
 
-/// Bytes of logits that exist at once: about 1,700 rows of Qwen2.5-VL's vocabulary would be one GiB.
-const LOGIT_BYTES: usize = 256 << 20;
-
-/// What `optim.activations_mib = 0` gives at least, in bytes.
+/// What `optim.activations_mib = 0` gives at least, in bytes, where nobody has planned it.
 const LEAST_BUDGET: usize = 2 << 30;
 
 /// What to do where activations do not fit the memory.
-pub(super) const MAKE_ROOM: &str = "lower optim.micro_batch_tokens, rollout.context or rollout.kv_cache_mib, give optim.activations_mib \
+const MAKE_ROOM: &str = "lower optim.micro_batch_tokens, rollout.context or rollout.kv_cache_mib, give optim.activations_mib \
      less, or use a larger machine";
 
 /// What is minimised.
@@ -63,6 +61,8 @@ pub struct Learner {
     grads: GradStore,
     optimizer: Optimizer,
     options: Optim,
+    /// Bytes for activations where the options do not say.
+    budget: usize,
     room: Option<Room>,
     logits: loss::Workspace,
     forbidden: Buffer,
@@ -87,21 +87,22 @@ impl Room {
         let (c, vision) = (&model.config, model.trains_vision());
         // Planned for all of the batches where that is possible: those of other shapes than the one before then find room,
         // rather than have it made anew or let it grow beyond the budget.
-        let (mut size, plan) = match MemoryPlan::fit(c, vision, largest, budget) {
+        let float = model.device().float();
+        let (mut size, plan) = match MemoryPlan::fit(c, float, vision, largest, budget) {
             Ok(plan) => (largest, plan),
-            Err(_) => (size, MemoryPlan::fit(c, vision, size, budget)?),
+            Err(_) => (size, MemoryPlan::fit(c, float, vision, size, budget)?),
         };
         if let Some(room) = held.filter(|room| room.plan == plan) {
             if size.fits(room.size) {
                 return Ok(room);
             }
-            if plan.bytes(c, vision, size.max(room.size)) <= budget {
+            if plan.bytes(c, float, vision, size.max(room.size)) <= budget {
                 size = size.max(room.size);
             }
         }
         // What was held is free by now.
-        model.device().check_room(plan.bytes(c, vision, size), "activations of a batch", MAKE_ROOM)?;
-        let dhidden = model.device().alloc(model.device().float(), size.rows * c.hidden_size);
+        model.device().check_room(plan.bytes(c, float, vision, size), "activations of a batch", MAKE_ROOM)?;
+        let dhidden = model.device().alloc(float, size.rows * c.hidden_size);
         Ok(Room { plan, size, acts: Activations::with_room(model, plan, size), dhidden })
     }
 }
@@ -114,26 +115,32 @@ impl Learner {
     /// [`Error::Limit`] if gradients and moments do not fit the memory.
     pub fn new(model: Arc<Model>, options: &Optim, forbidden: &[u32]) -> Result<Learner> {
         let device = model.device().clone();
-        let c = &model.config;
-        // The gradients and two moments, and masters of weights that are bf16.
-        let mirrors = if device.float() == DType::F32 { 3 } else { 4 };
-        let mirrors = mirrors * model.params.trainable().len() * DType::F32.size();
+        let (c, float) = (&model.config, device.float());
+        let logits = logit_bytes(float, c.vocab_size);
+        let mirrors: usize = Optimizer::bytes_for(float, model.params.trainable().len(), options.masters).iter().sum();
         device.check_room(
-            mirrors + LOGIT_BYTES,
+            mirrors + loss::Workspace::bytes_for(float, c.vocab_size, c.hidden_size, logits),
             "gradients and the optimizer's moments",
             "freeze the vision tower (model.freeze_vision), lower rollout.kv_cache_mib, use a smaller model or a larger machine",
         )?;
         let stream = device.stream();
         Ok(Learner {
             grads: GradStore::new(&model),
-            optimizer: Optimizer::new(&model.params, &stream),
+            optimizer: Optimizer::new(&model.params, &stream, options.masters),
             stream,
             options: options.clone(),
+            budget: LEAST_BUDGET,
             room: None,
-            logits: loss::Workspace::new(&device, c.vocab_size, c.hidden_size, usize::MAX, LOGIT_BYTES),
+            logits: loss::Workspace::new(&device, c.vocab_size, c.hidden_size, usize::MAX, logits),
             forbidden: device.upload(&forbidden_set(c.vocab_size, forbidden)),
             model,
         })
+    }
+
+    /// Gives activations `bytes` bytes, for as long as no batch needs more, where `optim.activations_mib` is 0
+    /// ([`Plan::activations`](super::memory::Plan::activations)). Changes no result.
+    pub fn give(&mut self, bytes: usize) {
+        self.budget = bytes;
     }
 
     /// The model.
@@ -202,9 +209,9 @@ impl Learner {
         let (c, device, s) = (&self.model.config, self.model.device(), &self.stream);
         let batches = micros.iter().map(|m| TrainBatch::pack(c, device, s, &m.groups)).collect::<Result<Vec<_>>>()?;
         let largest = batches.iter().map(TrainBatch::size).fold(BatchSize::default(), BatchSize::max);
-        let least = |b: &TrainBatch| MemoryPlan::least(c, self.model.trains_vision(), b.size());
+        let least = |b: &TrainBatch| MemoryPlan::least(c, device.float(), self.model.trains_vision(), b.size());
         let budget = match self.options.activations_mib {
-            0 => batches.iter().map(least).max().unwrap_or(0).max(LEAST_BUDGET),
+            0 => batches.iter().map(least).max().unwrap_or(0).max(self.budget),
             mib => mib << 20,
         };
         self.grads.zero(s);
@@ -289,14 +296,15 @@ pub fn logprobs(model: &Model, micros: &[MicroBatch], forbidden: &[u32]) -> Resu
     let (device, c) = (model.device(), &model.config);
     let s = device.stream();
     let forbidden = device.upload(&forbidden_set(c.vocab_size, forbidden));
-    let logits = loss::Workspace::new(device, c.vocab_size, c.hidden_size, usize::MAX, LOGIT_BYTES);
-    let mut acts: Option<Activations> = None;
+    let logits = logit_bytes(device.float(), c.vocab_size);
+    let logits = loss::Workspace::new(device, c.vocab_size, c.hidden_size, usize::MAX, logits);
+    let batches = micros.iter().map(|m| TrainBatch::pack(c, device, &s, &m.groups)).collect::<Result<Vec<_>>>()?;
+    let largest = batches.iter().map(TrainBatch::size).fold(BatchSize::default(), BatchSize::max);
+    let mut acts = Activations::forward_with_room(model, largest);
     let mut all = Vec::new();
-    for micro in micros {
-        let batch = TrainBatch::pack(c, device, &s, &micro.groups)?;
-        let acts = acts.get_or_insert_with(|| Activations::forward_only(model, &batch));
-        let hidden = train::forward(model, &s, &batch, acts)?;
-        let entries = loss_rows(&s, &batch, micro);
+    for (micro, batch) in micros.iter().zip(&batches) {
+        let hidden = train::forward(model, &s, batch, &mut acts)?;
+        let entries = loss_rows(&s, batch, micro);
         let logp = device.alloc(DType::F32, entries.len());
         loss::logprobs(&s, &hidden, &model.text.head, &entries, &forbidden, &logits, &logp, None);
         all.extend(s.read::<f32>(&logp).wait()?);
@@ -361,7 +369,7 @@ mod tests {
             TrainBatch::pack(c, d, &d.stream(), &m.groups).unwrap().size()
         };
         let plan = MemoryPlan::keep_all(&model.config);
-        let needed = |size: BatchSize| plan.bytes(&model.config, model.trains_vision(), size);
+        let needed = |size: BatchSize| plan.bytes(&model.config, DType::F32, model.trains_vision(), size);
         // All of either is kept in a budget that does not hold room for both.
         let most = needed(size(&long)).max(needed(size(&shown)));
         let mib = most.div_ceil(1 << 20);

@@ -8,7 +8,9 @@
 //! | [`optimizer`] | AdamW over the flat parameters, clipping, steps that are not taken |
 //! | [`batch`] | trajectories into micro-batches |
 //! | [`learner`] | a model, its gradients, its updates |
-//! | [`room`] | whether the largest batches fit |
+//! | [`room`] | the largest batches that a run file allows |
+//! | [`memory`] | what a run holds in memory, and what would make it fit |
+//! | [`flops`] | how much arithmetic a step is |
 //! | [`sft`], [`grpo`] | the two loops |
 //! | [`run`] | what a run works with and writes down |
 //! | [`order`] | the order of the data |
@@ -19,8 +21,10 @@ pub mod batch;
 pub mod checkpoint;
 pub mod config;
 mod config_file;
+pub mod flops;
 pub mod grpo;
 pub mod learner;
+pub mod memory;
 pub mod optimizer;
 pub mod order;
 pub mod room;

@@ -14,12 +14,15 @@ use std::path::Path;
 
 /// So many skipped updates in a row are not bad luck.
 const SKIPS_ALLOWED: u64 = 10;
+/// Of the noise that rounds weights without masters. One for all runs: it depends on the update and the element, too.
+const ROUNDING_SEED: u64 = 0x5EED;
 
 /// The moments of AdamW, mirroring the trainable front of the parameters, and f32 masters of parameters that are bf16.
 pub struct Optimizer {
     m: Buffer,
     v: Buffer,
-    /// Begin as the weights are, rounded to bf16 when they were loaded. `None` where the parameters are f32 themselves.
+    /// Begin as the weights are, rounded to bf16 when they were loaded. `None` where the parameters are f32 themselves, or are
+    /// rounded at random in every update.
     master: Option<Buffer>,
     norm: Buffer,
     updates: u64,
@@ -36,11 +39,18 @@ pub struct Update {
 }
 
 impl Optimizer {
-    /// For `params`, before the first update. Masters are submitted to `s` as copies.
-    pub fn new(params: &ParamStore, s: &Stream) -> Optimizer {
+    /// Bytes of masters, gradients and moments for `moved` elements that training moves, of type `float`.
+    pub fn bytes_for(float: DType, moved: usize, masters: bool) -> [usize; 3] {
+        let mirror = moved * DType::F32.size();
+        [if keeps_masters(float, masters) { mirror } else { 0 }, mirror, 2 * mirror + DType::F32.size()]
+    }
+
+    /// For `params`, before the first update. `masters`: keeps f32 masters of parameters that are bf16 (`optim.masters`); they are
+    /// submitted to `s` as copies.
+    pub fn new(params: &ParamStore, s: &Stream, masters: bool) -> Optimizer {
         let device = s.device();
         let mirror = || params.mirror(device);
-        let master = (params.flat.dtype() != DType::F32).then(|| {
+        let master = keeps_masters(params.flat.dtype(), masters).then(|| {
             let master = mirror();
             cast::cast(s, &params.flat, &master, master.len());
             master
@@ -95,7 +105,11 @@ impl Optimizer {
         for (range, weight_decay) in [(params.decayed(), o.weight_decay), (params.not_decayed(), 0.0)] {
             let view = |b: &Buffer| b.view(range.start, range.len());
             let (weights, master) = (view(&params.flat), self.master.as_ref().map(view));
-            let target = master.as_ref().map_or(Params::Float(&weights), |m| Params::Masters(m, &weights));
+            let target = match &master {
+                Some(master) => Params::Masters(master, &weights),
+                None if weights.dtype() == DType::F32 => Params::Float(&weights),
+                None => Params::Rounded { weights: &weights, seed: ROUNDING_SEED, first: range.start as u64 },
+            };
             let hyper = AdamW { lr, beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay };
             adamw::step(s, target, &view(grads), &view(&self.m), &view(&self.v), hyper, self.updates, scale);
         }
@@ -141,7 +155,7 @@ impl Optimizer {
         let bad = |what: String| {
             Error::input(
                 format!("{}: {what}", path.display()),
-                "resume from the checkpoint that belongs to this model, with the same model.freeze_vision",
+                "resume from the checkpoint that belongs to this model, with the same device, model.freeze_vision and optim.masters",
             )
         };
         let (_, metadata) = SafeTensors::read_metadata(&map).map_err(|e| bad(e.to_string()))?;
@@ -175,6 +189,11 @@ impl Optimizer {
             segments.map(move |g| (format!("{which}.{}", g.name), g, flat))
         })
     }
+}
+
+/// Whether there are masters of parameters of type `float`.
+fn keeps_masters(float: DType, masters: bool) -> bool {
+    masters && float != DType::F32
 }
 
 #[cfg(test)]
@@ -214,7 +233,7 @@ mod tests {
             let before = read(&s, &p.flat);
             let g = grads(&m, &d, 3.0);
             let o = Optim { weight_decay: 0.1, max_grad_norm: 0.5, ..Default::default() };
-            let mut opt = Optimizer::new(p, &d.stream());
+            let mut opt = Optimizer::new(p, &d.stream(), true);
             let got = opt.step(&s, p, &g, &o, 1e-2).unwrap();
             assert!(got.applied && opt.updates() == 1);
             let (after, g) = (read(&s, &p.flat), read(&s, &g));
@@ -236,7 +255,7 @@ mod tests {
     fn a_gradient_that_is_not_finite_moves_nothing() {
         let d = Device::cpu(2);
         let (m, s) = (model(&d, true), d.stream());
-        let mut opt = Optimizer::new(&m.params, &d.stream());
+        let mut opt = Optimizer::new(&m.params, &d.stream(), true);
         let bad = grads(&m, &d, 1.0);
         s.write(&bad.view(1000, 1), &[f32::NAN]);
         let before = read(&s, &m.params.flat);
@@ -258,11 +277,11 @@ mod tests {
         let o = Optim::default();
         let run = |stop: Option<u64>| {
             let (m, s) = (model(&d, false), d.stream());
-            let mut opt = Optimizer::new(&m.params, &d.stream());
+            let mut opt = Optimizer::new(&m.params, &d.stream(), true);
             for i in 0..4 {
                 if stop == Some(i) {
                     opt.save(&s, &m.params, &path).unwrap();
-                    opt = Optimizer::new(&m.params, &d.stream());
+                    opt = Optimizer::new(&m.params, &d.stream(), true);
                     opt.load(&s, &m.params, &path).unwrap();
                 }
                 opt.step(&s, &m.params, &grads(&m, &d, 1.0 + i as f32), &o, 1e-3).unwrap();
@@ -273,19 +292,56 @@ mod tests {
         assert_eq!(run(Some(2)), run(None));
     }
 
+    #[cfg(emulator)]
+    #[test]
+    fn without_masters_weights_are_rounded_at_random_and_what_is_saved_belongs_to_that() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("optimizer.safetensors");
+        let d = Device::emulated(3).unwrap();
+        let s = d.stream();
+        let o = Optim { masters: false, ..Optim::default() };
+        let run = |stop: bool| {
+            let m = model(&d, true);
+            let p = &m.params;
+            let before = s.read_floats(&p.flat).unwrap();
+            let mut opt = Optimizer::new(p, &s, o.masters);
+            let g = grads(&m, &d, 1.0);
+            for i in 0..2 {
+                // So small that rounding to the nearest would move no weight that is not smaller still.
+                opt.step(&s, p, &g, &o, 1e-6).unwrap();
+                if stop && i == 0 {
+                    opt.save(&s, p, &path).unwrap();
+                    opt = Optimizer::new(p, &s, o.masters);
+                    opt.load(&s, p, &path).unwrap();
+                }
+            }
+            (before, s.read_floats(&p.flat).unwrap())
+        };
+        let (before, after) = run(false);
+        assert!(run(true).1 == after, "it goes on bit for bit");
+        let moved: Vec<f64> = (before.iter().zip(&after))
+            .filter(|(b, _)| b.abs() > 1e-3)
+            .map(|(b, a)| f64::from(b.signum() * (a - b)))
+            .filter(|d| *d != 0.0)
+            .collect();
+        assert!(moved.len() > 20 && moved.iter().all(|d| d.abs() < 0.01), "{}", moved.len());
+        let e = Optimizer::new(&model(&d, true).params, &s, true).load(&s, &model(&d, true).params, &path);
+        assert!(e.unwrap_err().to_string().contains("optim.masters"));
+    }
+
     #[test]
     fn the_moments_of_another_model_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("optimizer.safetensors");
         let d = Device::cpu(1);
         let (frozen, whole, s) = (model(&d, true), model(&d, false), d.stream());
-        Optimizer::new(&frozen.params, &d.stream()).save(&s, &frozen.params, &path).unwrap();
-        let mut opt = Optimizer::new(&whole.params, &d.stream());
+        Optimizer::new(&frozen.params, &d.stream(), true).save(&s, &frozen.params, &path).unwrap();
+        let mut opt = Optimizer::new(&whole.params, &d.stream(), true);
         let e = opt.load(&s, &whole.params, &path).unwrap_err().to_string();
         assert!(e.contains("optimizer.safetensors") && e.contains("freeze_vision"), "{e}");
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
-        let mut opt = Optimizer::new(&frozen.params, &d.stream());
+        let mut opt = Optimizer::new(&frozen.params, &d.stream(), true);
         assert!(opt.load(&s, &frozen.params, &path).unwrap_err().to_string().contains("optimizer.safetensors"));
     }
 }

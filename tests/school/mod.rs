@@ -23,7 +23,7 @@ pub fn ok(args: &[&str]) -> String {
 }
 
 /// What the runs of these tests have in common: small images, short turns, every kind of turn.
-pub const COMMON: [&str; 19] = [
+pub const COMMON: [&str; 20] = [
     "task.synthetic.width=[56, 84]",
     "task.synthetic.height=[56, 56]",
     "task.synthetic.content=[\"digits\"]",
@@ -43,6 +43,7 @@ pub const COMMON: [&str; 19] = [
     "optim.max_grad_norm=0.5",
     "optim.weight_decay=0.01",
     "run.threads=2",
+    "run.device=cpu",
 ];
 
 pub struct School {

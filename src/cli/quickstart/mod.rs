@@ -3,12 +3,13 @@
 
 mod warm;
 
+use super::device::{DeviceArgs, settle};
 use super::session::{LOCK_FILE, Session, hold, quoted, stop_on_signal};
-use super::setup::Loaded;
+use super::setup::Folder;
 use crate::report::read_metrics;
 use crate::train::RunConfig;
 use crate::train::grpo::{self, Finished};
-use crate::train::room::Source;
+use crate::train::room::Work;
 use crate::train::run::{Scores, evaluate};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -44,6 +45,8 @@ pub(super) struct Args {
     /// Sets one key of the run file; may be repeated
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     overrides: Vec<String>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Makes the tiny model anew by supervised training, and writes it to this folder; nothing else
     #[arg(long, value_name = "DIR")]
     remake_warm_start: Option<PathBuf>,
@@ -60,7 +63,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let warmup = RunConfig::read_text(RUN, "the quickstart's run file", &[])?.optim.warmup_steps;
         overrides.push(format!("optim.warmup_steps={}", warmup.min(steps)));
     }
-    overrides.extend(args.overrides.iter().cloned());
+    overrides.extend(args.device.with(&args.overrides));
     let mut config = RunConfig::read_text(RUN, "the quickstart's run file", &overrides)?;
     if config.log.eval_every == 0 {
         // Before and after is what this command is about.
@@ -86,11 +89,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let mark = out.join(MARK);
     std::fs::write(&mark, "made by varft quickstart\n").map_err(|e| Error::io("write", &mark, e))?;
     warm::unpack(&model)?;
+    settle(&mut config);
     let session = Session::anew(&config, "train", lock);
 
     let started = Instant::now();
     let stop = stop_on_signal()?;
-    let loaded = Loaded::new(&config, None)?;
+    let loaded = Folder::open(&config)?.load(&config, None, Work::Episodes)?;
     let setup = loaded.setup(&config, &stop)?;
     say!(
         "a Qwen2.5-VL of {:.1} M parameters, {} held-out questions, {} steps of {} x {} episodes",
@@ -101,7 +105,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         config.rollout.group_size
     );
     let reference = loaded.reference(&config)?;
-    let mut learner = loaded.learner(&config, Source::Episodes, setup.engine.forbidden())?;
+    let mut learner = loaded.learner(&config, setup.engine.forbidden())?;
     let withheld = || -> Result<Scores> {
         let mut rollouts = setup.held_out(&config);
         rollouts.options.withhold_images = true;

@@ -66,6 +66,12 @@ fn failed(what: &str, e: result::DriverError) -> Error {
     Error::internal(format!("the CUDA driver cannot {what}: {e}"))
 }
 
+/// What the kernels in this program are built for: machine code of architectures (`sm_80`), and intermediate code from which the
+/// driver makes that of later ones (`compute_80`). Empty where it was built without nvcc.
+pub fn architectures() -> &'static [&'static str] {
+    built::ARCHITECTURES
+}
+
 /// Whether NVIDIA's driver is on this machine, of whatever version.
 pub fn has_driver() -> bool {
     // SAFETY: looks for a library.
@@ -77,7 +83,7 @@ fn driver() -> Result<i32> {
     if !has_driver() {
         return Err(Error::limit(
             "there is no NVIDIA driver on this machine (libcuda.so)",
-            "install NVIDIA's driver, version 580 or later, or use the processor (run.device=cpu)",
+            "install NVIDIA's driver, version 580 or later, or use the processor (--device cpu)",
         ));
     }
     let mut version = 0;
@@ -90,58 +96,87 @@ fn driver() -> Result<i32> {
                 version / 1000,
                 version % 1000 / 10
             ),
-            "install driver 580 or later, or use the processor (run.device=cpu)",
+            "install driver 580 or later, or use the processor (--device cpu)",
         ));
     }
     result::init().map_err(|e| {
         Error::limit(
             format!("NVIDIA's driver does not start: {e}"),
-            "look at what nvidia-smi says, or use the processor (run.device=cpu)",
+            "look at what nvidia-smi says, or use the processor (--device cpu)",
         )
     })?;
     Ok(version)
+}
+
+/// Whether there are cards of NVIDIA's on this machine, of use or not: as its driver counts them, or as the bus shows them.
+pub fn has_card() -> bool {
+    let counted = || result::init().is_ok() && result::device::get_count().is_ok_and(|n| n > 0);
+    has_driver() && counted() || on_bus()
+}
+
+/// Whether a display controller on the bus is NVIDIA's.
+fn on_bus() -> bool {
+    let devices = std::fs::read_dir("/sys/bus/pci/devices").into_iter().flatten().flatten();
+    devices.map(|d| d.path()).any(|d| {
+        let says = |file: &str, start: &str| std::fs::read_to_string(d.join(file)).is_ok_and(|s| s.starts_with(start));
+        says("vendor", "0x10de") && says("class", "0x03")
+    })
+}
+
+/// What the driver says of card `ordinal`, if the kernels run on it; nothing is made on the card, and its memory is not asked for.
+///
+/// # Errors
+/// [`Error::Limit`] that says what is missing: kernels in this program, a driver, a card, a newer card.
+pub fn usable_card(ordinal: usize) -> Result<CardInfo> {
+    find(ordinal).map(|(_, info)| info)
+}
+
+/// Card `ordinal`, if the kernels run on it.
+fn find(ordinal: usize) -> Result<(CUdevice, CardInfo)> {
+    if built::FATBINS.is_empty() {
+        return Err(Error::limit(
+            "this program was built without nvcc, so it has no kernels for a GPU",
+            "build it where nvcc 13 is on the PATH (or NVCC names it), or use the processor (--device cpu)",
+        ));
+    }
+    let version = driver()?;
+    let count = result::device::get_count().map_err(|e| failed("count its cards", e))?;
+    let device = i32::try_from(ordinal).ok().filter(|&o| o < count);
+    let Some(device) = device else {
+        return Err(Error::limit(
+            format!("there is no card {ordinal}: the driver shows {count}"),
+            "look at CUDA_VISIBLE_DEVICES, or use the processor (--device cpu)",
+        ));
+    };
+    let device = result::device::get(device).map_err(|e| failed("open the card", e))?;
+    let name = result::device::get_name(device).map_err(|e| failed("name the card", e))?;
+    let ask = |a: Attribute| {
+        // SAFETY: the device is one.
+        unsafe { result::device::get_attribute(device, a) }.map_err(|e| failed("describe the card", e))
+    };
+    let major = ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    let capability = 10 * major + minor;
+    if capability < FIRST_SM {
+        return Err(Error::limit(
+            format!("{name} is too old: its compute capability is {major}.{minor}, and 8.0 is needed"),
+            "use a card of the Ampere generation or later, or the processor (--device cpu)",
+        ));
+    }
+    let multiprocessors = ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+    let info = CardInfo { name, capability: capability as u32, multiprocessors, memory: (0, 0), driver: version };
+    Ok((device, info))
 }
 
 impl Cuda {
     /// Card `ordinal`.
     ///
     /// # Errors
-    /// [`Error::Limit`] that says what is missing: kernels in this program, a driver, a card, a newer card.
+    /// As [`usable_card`]; and where the driver cannot begin work on it.
     pub fn open(ordinal: usize) -> Result<Cuda> {
-        if built::FATBINS.is_empty() {
-            return Err(Error::limit(
-                "this program was built without nvcc, so it has no kernels for a GPU",
-                "build it where nvcc 13 is on the PATH (or NVCC names it), or use the processor (run.device=cpu)",
-            ));
-        }
-        let version = driver()?;
-        let count = result::device::get_count().map_err(|e| failed("count its cards", e))?;
-        let device = i32::try_from(ordinal).ok().filter(|&o| o < count);
-        let Some(device) = device else {
-            return Err(Error::limit(
-                format!("there is no card {ordinal}: the driver shows {count}"),
-                "look at CUDA_VISIBLE_DEVICES, or use the processor (run.device=cpu)",
-            ));
-        };
-        let device = result::device::get(device).map_err(|e| failed("open the card", e))?;
-        let name = result::device::get_name(device).map_err(|e| failed("name the card", e))?;
-        let ask = |a: Attribute| {
-            // SAFETY: the device is one.
-            unsafe { result::device::get_attribute(device, a) }.map_err(|e| failed("describe the card", e))
-        };
-        let major = ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let capability = 10 * major + minor;
-        if capability < FIRST_SM {
-            return Err(Error::limit(
-                format!("{name} is too old: its compute capability is {major}.{minor}, and 8.0 is needed"),
-                "use a card of the Ampere generation or later, or the processor (run.device=cpu)",
-            ));
-        }
-        let multiprocessors = ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let (device, info) = find(ordinal)?;
         // SAFETY: the device is one.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(|e| failed("make a context", e))?;
-        let info = CardInfo { name, capability: capability as u32, multiprocessors, memory: (0, 0), driver: version };
         let mut card =
             Cuda { device, context, info, modules: Vec::new(), functions: Mutex::default(), blas: Mutex::default() };
         card.enter()?;
@@ -321,7 +356,7 @@ mod tests {
             Err(e) => {
                 let said = e.to_string();
                 let known = ["built without nvcc", "no NVIDIA driver", "too old", "does not start", "no card 0"];
-                assert!(known.iter().any(|k| said.contains(k)) && said.contains("run.device=cpu"), "{said}");
+                assert!(known.iter().any(|k| said.contains(k)) && said.contains("--device cpu"), "{said}");
             }
         }
     }

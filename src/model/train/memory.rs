@@ -2,11 +2,10 @@
 //! by the same launches on the same inputs, so with the same bits.
 
 use crate::device::{Buffer, DType, Device, Stream};
-use crate::model::layer::{LayerActs, LayerGrads, LayerShape};
-use crate::model::vision::GROUP;
-use crate::model::{Config, Model, ParamStore, TextParams, VisionParams};
+use crate::model::layer::{LayerActs, LayerGrads, LayerShape, Rope};
+use crate::model::vision::{GROUP, MergerActs, VisionBatch};
+use crate::model::{Config, Model, ParamStore, TextParams, VisionParams, VisionWorkspace};
 use crate::ops::kv_cache::KvCache;
-use crate::ops::patch_embed::PATCH;
 use crate::{Error, Result};
 
 /// What of a batch decides how much memory its activations take.
@@ -53,13 +52,19 @@ impl MemoryPlan {
     }
 
     /// Keeps what fits `budget` bytes for batches of `size`; the decoder comes first, whose layers are dearer to compute again.
-    /// `trains_vision`: as [`Model::trains_vision`]; a frozen tower keeps nothing.
+    /// `float`: as [`Device::float`]. `trains_vision`: as [`Model::trains_vision`]; a frozen tower keeps nothing.
     ///
     /// # Errors
     /// [`Error::Limit`] if the budget is below [`least`](Self::least).
-    pub fn fit(config: &Config, trains_vision: bool, size: BatchSize, budget: usize) -> Result<MemoryPlan> {
+    pub fn fit(
+        config: &Config,
+        float: DType,
+        trains_vision: bool,
+        size: BatchSize,
+        budget: usize,
+    ) -> Result<MemoryPlan> {
         let BatchSize { rows, patches, .. } = size;
-        let least = MemoryPlan::least(config, trains_vision, size);
+        let least = MemoryPlan::least(config, float, trains_vision, size);
         if least > budget {
             let mib = least.div_ceil(1 << 20);
             return Err(Error::limit(
@@ -72,43 +77,67 @@ impl MemoryPlan {
                 ),
             ));
         }
-        let layer = |shape: LayerShape, rows: usize| 4 * rows * shape.kept_values();
-        let left = budget - least;
-        let text = (left / layer(config.layer_shape(), rows).max(1)).min(config.layers);
-        let left = left - text * layer(config.layer_shape(), rows);
-        let vision = (left / layer(config.vision.layer_shape(), patches).max(1)).min(config.vision.depth);
-        Ok(MemoryPlan { text, vision: if trains_vision { vision } else { 0 } })
+        // Where all but one are kept, the set that is reused is that one's: it is kept too.
+        let most = |left: usize, set: usize, layers: usize| match left / set.max(1) {
+            n if n + 1 >= layers => layers,
+            n => n,
+        };
+        let set = rows * config.layer_shape().kept_bytes(float);
+        let text = most(budget - least, set, config.layers);
+        let left = budget - MemoryPlan { text, vision: 0 }.bytes(config, float, trains_vision, size);
+        let set = patches * config.vision.layer_shape().kept_bytes(float);
+        let vision = if trains_vision { most(left, set, config.vision.depth) } else { 0 };
+        Ok(MemoryPlan { text, vision })
     }
 
     /// Bytes of the activations of a batch of `size` when nothing is kept: no budget may be smaller.
-    pub fn least(config: &Config, trains_vision: bool, size: BatchSize) -> usize {
-        MemoryPlan { text: 0, vision: 0 }.bytes(config, trains_vision, size)
+    pub fn least(config: &Config, float: DType, trains_vision: bool, size: BatchSize) -> usize {
+        MemoryPlan { text: 0, vision: 0 }.bytes(config, float, trains_vision, size)
     }
 
-    /// Bytes of the activations of a batch of `size` under this plan, at most, with the gradient of the hidden states and but for
-    /// the rounding of buffers to 64 bytes.
-    pub fn bytes(&self, config: &Config, trains_vision: bool, size: BatchSize) -> usize {
+    /// Bytes of the activations of a batch of `size` under this plan, with the gradient of the hidden states and but for the
+    /// rounding of buffers to 64 bytes.
+    pub fn bytes(&self, config: &Config, float: DType, trains_vision: bool, size: BatchSize) -> usize {
         let BatchSize { rows, patches, blocks } = size;
         let (c, v) = (config, &config.vision);
         // Inputs of the layers and the output, the residual stream's gradient, one set that is reused, gradients, rotary tables.
         let tower = |shape: LayerShape, layers: usize, kept: usize| {
-            let fixed = (layers + 2) * shape.hidden + shape.kept_values() + shape.grad_values() + shape.head_dim;
-            fixed + kept * shape.kept_values()
+            let sets = (kept + 1).min(layers) * shape.kept_bytes(float);
+            ((layers + 2) * shape.hidden + shape.grad_values()) * float.size() + sets + Rope::row_bytes(shape.head_dim)
         };
         // The hidden states and their gradient.
-        let row = tower(c.layer_shape(), c.layers, self.text) + 2 * c.hidden_size;
-        let shape = v.layer_shape();
+        let row = tower(c.layer_shape(), c.layers, self.text) + 2 * c.hidden_size * float.size();
         let vision = match trains_vision {
-            true => tower(shape, v.depth, self.vision),
-            // The residual stream, one set that all blocks use, rotary tables.
-            false => shape.hidden + shape.in_place_values() + shape.head_dim,
+            true => {
+                let kept = patches * tower(v.layer_shape(), v.depth, self.vision);
+                kept + VisionBatch::bytes(patches) + MergerActs::bytes(v, float, patches)
+            }
+            false => VisionWorkspace::bytes(c, float, patches),
         };
-        // The merger, the position in the image; of each token the merger's output, twice, and where windows put it.
-        let patch = vision + 3 * v.hidden_size + 2;
-        let token = v.out_hidden_size + c.hidden_size + 3;
-        let pages = 2 * blocks * KvCache::bytes_per_block(DType::F32, 1, c.kv_heads, c.head_dim());
-        4 * (rows * row + patches * patch + patches / GROUP * token + 2) + patches * 3 * PATCH * PATCH + pages
+        rows * row
+            + vision
+            + encoded_bytes(c, float, patches)
+            + blocks * (page_bytes(c, float) + page_bytes(c, DType::F32))
     }
+
+    /// Bytes of the activations of a batch of `size` in a forward pass alone, but for the rounding of buffers.
+    pub fn forward_bytes(config: &Config, float: DType, size: BatchSize) -> usize {
+        let BatchSize { rows, patches, blocks } = size;
+        let shape = config.layer_shape();
+        let row = (2 * shape.hidden + shape.in_place_values()) * float.size() + Rope::row_bytes(shape.head_dim);
+        let vision = VisionWorkspace::bytes(config, float, patches) + encoded_bytes(config, float, patches);
+        rows * row + vision + blocks * page_bytes(config, float)
+    }
+}
+
+/// Bytes of the vision tower's output for `patches` patches.
+fn encoded_bytes(c: &Config, float: DType, patches: usize) -> usize {
+    patches / GROUP * c.hidden_size * float.size()
+}
+
+/// Bytes of one layer's page.
+fn page_bytes(c: &Config, dtype: DType) -> usize {
+    KvCache::bytes_per_block(dtype, 1, c.kv_heads, c.head_dim())
 }
 
 /// One tower's activations.

@@ -72,7 +72,12 @@ impl Activations {
 
     /// Buffers for forward passes alone (a reference policy's log-probabilities).
     pub fn forward_only(model: &Model, batch: &TrainBatch) -> Activations {
-        Self::sized(model, None, batch.size())
+        Self::forward_with_room(model, batch.size())
+    }
+
+    /// The same for batches up to `room`: [`MemoryPlan::forward_bytes`], until they grow.
+    pub fn forward_with_room(model: &Model, room: BatchSize) -> Activations {
+        Self::sized(model, None, room)
     }
 
     fn sized(model: &Model, plan: Option<MemoryPlan>, room: BatchSize) -> Activations {

@@ -3,7 +3,6 @@
 use super::*;
 use crate::device::Device;
 use crate::input::{Image, Prompt};
-use crate::model::layer::LayerShape;
 use crate::model::{Config, LoadOptions, Preset};
 use crate::ops::patch_embed::PATCH;
 use std::sync::Arc;
@@ -181,38 +180,52 @@ fn micro_batches_accumulate_and_buffers_grow() {
 fn a_plan_keeps_what_fits() {
     let c = Preset::Mid.config();
     let size = BatchSize { rows: 2048, patches: 1600, blocks: 70 };
-    for trained in [true, false] {
+    for (float, trained) in [(DType::F32, true), (DType::F32, false), (DType::BF16, true), (DType::BF16, false)] {
         let most = MemoryPlan { vision: if trained { c.vision.depth } else { 0 }, ..MemoryPlan::keep_all(&c) };
-        let all = most.bytes(&c, trained, size);
-        assert_eq!(MemoryPlan::fit(&c, trained, size, all).unwrap(), most);
-        let least = MemoryPlan::least(&c, trained, size);
-        assert_eq!(MemoryPlan::fit(&c, trained, size, least).unwrap(), MemoryPlan { text: 0, vision: 0 });
-        let some = MemoryPlan::fit(&c, trained, size, (least + all) / 2).unwrap();
-        assert!(some.text > 0 && some.bytes(&c, trained, size) <= (least + all) / 2, "{some:?}");
-        let e = MemoryPlan::fit(&c, trained, size, least - 1).unwrap_err().to_string();
+        let all = most.bytes(&c, float, trained, size);
+        assert_eq!(MemoryPlan::fit(&c, float, trained, size, all).unwrap(), most);
+        let least = MemoryPlan::least(&c, float, trained, size);
+        assert_eq!(MemoryPlan::fit(&c, float, trained, size, least).unwrap(), MemoryPlan { text: 0, vision: 0 });
+        // In any budget nothing more could be kept, the decoder before the vision tower.
+        for budget in (0..64).map(|i| least + (all - least) * i / 64) {
+            let some = MemoryPlan::fit(&c, float, trained, size, budget).unwrap();
+            let fits = |plan: MemoryPlan| plan.bytes(&c, float, trained, size) <= budget;
+            assert!(fits(some), "{some:?} in {budget}");
+            let more = [MemoryPlan { text: some.text + 1, vision: 0 }, MemoryPlan { vision: some.vision + 1, ..some }];
+            let beyond = [some.text == c.layers, !trained || some.vision == c.vision.depth];
+            for (more, beyond) in more.into_iter().zip(beyond) {
+                assert!(beyond || !fits(more), "{more:?} too in {budget}");
+            }
+        }
+        let e = MemoryPlan::fit(&c, float, trained, size, least - 1).unwrap_err().to_string();
         assert!(e.contains("2048 tokens") && e.contains("optim.activations_mib"), "{e}");
     }
-    assert!(MemoryPlan::least(&c, false, size) < MemoryPlan::least(&c, true, size));
+    assert!(MemoryPlan::least(&c, DType::F32, false, size) < MemoryPlan::least(&c, DType::F32, true, size));
+}
+
+/// What holds its tensors, in f32 and, where there is the emulator, in bf16.
+fn devices() -> Vec<Device> {
+    let emulated = cfg!(emulator).then(|| Device::emulated(1).unwrap());
+    [Device::cpu(1)].into_iter().chain(emulated).collect()
 }
 
 #[test]
-fn activations_take_what_the_plan_says_and_little_less() {
-    let d = Device::cpu(1);
+fn activations_take_what_the_plan_says() {
     let size = BatchSize { rows: 300, patches: 200, blocks: 20 };
-    for freeze in [false, true] {
+    for (d, freeze) in devices().into_iter().flat_map(|d| [(d.clone(), false), (d, true)]) {
         let m = model(&d, freeze);
+        // Buffers are rounded up to 64 bytes on the host.
+        let same =
+            |held: usize, planned: usize| assert!(held >= planned && held <= planned + 64 * 200, "{held} {planned}");
         let (none, all) = (MemoryPlan { text: 0, vision: 0 }, MemoryPlan::keep_all(&m.config));
-        for plan in [none, MemoryPlan { text: 1, vision: 1 }, all] {
-            let before = d.allocated_bytes();
+        let before = d.allocated_bytes();
+        for plan in [none, MemoryPlan { text: 1, vision: 1 }, MemoryPlan { text: 3, vision: 3 }, all] {
             let _acts = Activations::with_room(&m, plan, size);
-            let dhidden = 4 * size.rows * m.config.hidden_size;
-            let (held, planned) = (d.allocated_bytes() - before + dhidden, plan.bytes(&m.config, !freeze, size));
-            // A whole plan has no use for the set that is reused; buffers are rounded up to 64 bytes.
-            let spare = |of: bool, rows: usize, shape: LayerShape| 4 * usize::from(of) * rows * shape.kept_values();
-            let spare = spare(plan == all, size.rows, m.config.layer_shape())
-                + spare(plan == all && !freeze, size.patches, m.config.vision.layer_shape());
-            assert!(held <= planned + 64 * 200 && planned <= held + spare, "{freeze} {plan:?}: {held} of {planned}");
+            let _dhidden = d.alloc(d.float(), size.rows * m.config.hidden_size);
+            same(d.allocated_bytes() - before, plan.bytes(&m.config, d.float(), !freeze, size));
         }
+        let _acts = Activations::forward_with_room(&m, size);
+        same(d.allocated_bytes() - before, MemoryPlan::forward_bytes(&m.config, d.float(), size));
     }
 }
 

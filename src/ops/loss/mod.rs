@@ -156,13 +156,23 @@ impl Workspace {
     /// at least one, at most 1024 and at most `max_rows`. The results depend on the budget in no bit, but for gradients on a
     /// GPU, whose products add in an order of their own.
     pub fn new(device: &Device, vocabulary: usize, hidden: usize, max_rows: usize, budget: usize) -> Workspace {
-        let rows = (budget / (4 * vocabulary)).clamp(1, MAX_CHUNK).min(max_rows.max(1));
+        let rows = Self::rows_within(vocabulary, budget).min(max_rows.max(1));
         Workspace {
             hidden: device.alloc(device.float(), rows * hidden),
             logits: device.alloc(DType::F32, rows * vocabulary),
             dhidden: device.alloc(device.float(), rows * hidden),
             rows,
         }
+    }
+
+    /// How many rows have their logits within `budget` bytes: at least one, at most 1024.
+    pub fn rows_within(vocabulary: usize, budget: usize) -> usize {
+        (budget / (DType::F32.size() * vocabulary)).clamp(1, MAX_CHUNK)
+    }
+
+    /// Bytes of a workspace for as many rows as `budget` allows, where hidden states are of type `float`.
+    pub fn bytes_for(float: DType, vocabulary: usize, hidden: usize, budget: usize) -> usize {
+        Self::rows_within(vocabulary, budget) * (2 * hidden * float.size() + vocabulary * DType::F32.size())
     }
 
     /// Bytes of device memory.
