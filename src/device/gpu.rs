@@ -3,8 +3,11 @@
 //! A GPU keeps the first failure of a launch, of whatever stream: what is submitted after it does nothing, and every
 //! wait returns it. So ops can launch without asking, and no result is ever read that a failed launch should have made.
 
+use super::card::{Card, Driver};
 use super::cuda::{self, Cuda};
 use super::emulated::Emulator;
+use super::fault::Fault;
+use super::tensor_map::TensorMap;
 use super::{Buffer, DType, Element};
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -32,19 +35,6 @@ impl Launch {
     /// The same with dynamic shared memory.
     pub fn shared(self, bytes: usize) -> Launch {
         Launch { shared_bytes: bytes, ..self }
-    }
-}
-
-/// A tensor of bf16 elements, rows without gaps, and the box of it that one copy of the tensor memory accelerator moves: a
-/// `CUtensorMap`, or the fields of the emulator's (`kernels/emulator/tensor_map.h`).
-#[repr(C, align(128))]
-#[derive(Clone, Copy, Debug)]
-pub struct TensorMap([u64; 16]);
-
-impl TensorMap {
-    /// What a driver has encoded.
-    pub(super) fn opaque(words: [u64; 16]) -> TensorMap {
-        TensorMap(words)
     }
 }
 
@@ -83,6 +73,15 @@ impl<'a> Arg<'a> {
         }
     }
 
+    /// Bytes of the parameter.
+    pub(super) fn size(&self) -> usize {
+        match self {
+            Arg::Buffer(_) | Arg::Null(_) | Arg::U64(_) => 8,
+            Arg::I32(_) | Arg::Len(_) | Arg::U32(_) | Arg::F32(_) => 4,
+            Arg::TensorMap(_) => size_of::<TensorMap>(),
+        }
+    }
+
     /// A pointer to the buffer's first element, or null where there is none.
     pub fn maybe(buffer: Option<&'a Buffer>, dtype: DType) -> Arg<'a> {
         buffer.map_or(Arg::Null(dtype), Arg::Buffer)
@@ -91,96 +90,6 @@ impl<'a> Arg<'a> {
     /// A length, which kernels take as an `int`.
     pub fn len(n: usize) -> Arg<'a> {
         Arg::Len(n)
-    }
-}
-
-/// What runs the kernels.
-pub(super) enum Driver {
-    Cuda(Arc<Cuda>),
-    Emulated(Emulator),
-}
-
-/// A failure, to be told as often as somebody waits.
-#[derive(Clone)]
-enum Failure {
-    Limit { what: String, mend: String },
-    Internal(String),
-}
-
-impl From<Failure> for Error {
-    fn from(failure: Failure) -> Error {
-        match failure {
-            Failure::Limit { what, mend } => Error::limit(what, mend),
-            Failure::Internal(what) => Error::internal(what),
-        }
-    }
-}
-
-/// What all streams of a GPU share.
-pub(super) struct Card {
-    pub driver: Driver,
-    failure: Mutex<Option<Failure>>,
-    gauge: Arc<AtomicUsize>,
-}
-
-impl Card {
-    pub fn new(driver: Driver, gauge: Arc<AtomicUsize>) -> Card {
-        Card { driver, failure: Mutex::default(), gauge }
-    }
-
-    /// The first failure, if there was one.
-    pub fn check(&self) -> Result<()> {
-        match &*self.failure.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(failure) => Err(failure.clone().into()),
-            None => Ok(()),
-        }
-    }
-
-    /// Runs `work` unless something has failed, and keeps its failure.
-    fn run<T>(&self, work: impl FnOnce(&Driver) -> Result<T>) -> Option<T> {
-        self.check().ok()?;
-        work(&self.driver).map_err(|e| self.keep(e)).ok()
-    }
-
-    fn keep(&self, e: Error) {
-        let failure = match e {
-            Error::Limit { what, mend } => Failure::Limit { what, mend },
-            Error::Internal(what) => Failure::Internal(what),
-            e => Failure::Internal(e.to_string()),
-        };
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(failure);
-    }
-
-    /// Memory holding anything (on the emulated GPU every byte is 0xFF). Where there is not enough, a buffer of nothing stands
-    /// for it, the failure is kept, and so nothing that would touch it runs.
-    pub fn alloc(&self, dtype: DType, len: usize) -> Buffer {
-        let made = match &self.driver {
-            Driver::Cuda(cuda) => Buffer::cuda(cuda, dtype, len, self.gauge.clone()),
-            Driver::Emulated(_) => Buffer::emulated(dtype, len, self.gauge.clone()),
-        };
-        made.unwrap_or_else(|| {
-            self.keep(Error::limit(
-                format!("the GPU has no memory for {len} more elements of {dtype:?}"),
-                "lower rollout.kv_cache_mib, rollout.vision_cache_mib or optim.micro_batch_tokens, or use a smaller model",
-            ));
-            Buffer::nowhere(dtype, len, self.gauge.clone())
-        })
-    }
-
-    /// The architecture that kernels are chosen for.
-    pub fn sm(&self) -> u32 {
-        match &self.driver {
-            Driver::Cuda(cuda) => cuda.sm(),
-            Driver::Emulated(emulator) => emulator.sm(),
-        }
-    }
-
-    /// Bytes of its memory that are free, as far as it tells.
-    pub fn free_bytes(&self) -> Option<u64> {
-        match &self.driver {
-            Driver::Cuda(cuda) => cuda.free_bytes(),
-            Driver::Emulated(_) => None,
-        }
     }
 }
 
@@ -260,29 +169,40 @@ impl Gpu {
     /// Submits work that no graph can hold.
     fn submit<T>(
         &self,
+        kind: Fault,
+        what: &str,
         cuda: impl FnOnce(&Arc<cuda::Queue>, &Cuda) -> Result<T>,
         emulated: impl FnOnce(&Emulator) -> Result<T>,
     ) -> Option<T> {
         if self.capturing().is_some() {
             self.refuse(Error::internal("a copy or a wait amid launches that are being captured"));
         }
-        self.submit_any(cuda, emulated)
+        self.submit_any(kind, what, cuda, emulated)
     }
 
     fn capturing(&self) -> MutexGuard<'_, Option<Vec<Captured>>> {
         self.capture.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Submits work, unless something has failed: `cuda` to the card's queue, or `emulated`.
+    /// Submits work, unless something has failed: `cuda` to the card's queue, or `emulated`. `kind`: what fails where it is a
+    /// fault that was asked for, in doing `what`.
     fn submit_any<T>(
         &self,
+        kind: Fault,
+        what: &str,
         cuda: impl FnOnce(&Arc<cuda::Queue>, &Cuda) -> Result<T>,
         emulated: impl FnOnce(&Emulator) -> Result<T>,
     ) -> Option<T> {
         self.card.run(|driver| match (driver, &self.queue) {
             (Driver::Cuda(card), Some(queue)) => cuda(queue, card),
             (Driver::Cuda(_), None) => Err(Error::internal("a stream that could not be made")),
-            (Driver::Emulated(emulator), _) => emulated(emulator),
+            (Driver::Emulated(emulator), _) => {
+                if kind == Fault::Copy {
+                    self.card.meet(Fault::PageLocked, what)?;
+                }
+                self.card.meet(kind, what)?;
+                emulated(emulator)
+            }
         })
     }
 
@@ -297,6 +217,8 @@ impl Gpu {
             self.refuse(Error::limit(what, "use smaller batches: kernels count to 2147483647"));
         }
         self.submit_any(
+            Fault::Launch,
+            &format!("launch {kernel}"),
             |queue, _| queue.launch(kernel, shape, args),
             |emulator| match &mut *self.capturing() {
                 Some(captured) => {
@@ -316,12 +238,17 @@ impl Gpu {
 
     /// Makes a graph of what `work` launches; it does not run.
     pub(super) fn capture(&self, work: impl FnOnce()) -> Graph {
-        let begun = self.submit(|queue, _| queue.begin_capture(), |_| Ok(()));
+        let begun = self.submit(Fault::Launch, "make a graph", |queue, _| queue.begin_capture(), |_| Ok(()));
         *self.capturing() = Some(Vec::new());
         work();
         let captured = self.capturing().take().unwrap_or_default();
         let made = begun.and_then(|()| {
-            self.submit(|queue, _| queue.end_capture().map(Made::Cuda), |_| Ok(Made::Emulated(captured)))
+            self.submit(
+                Fault::Launch,
+                "make a graph",
+                |queue, _| queue.end_capture().map(Made::Cuda),
+                |_| Ok(Made::Emulated(captured)),
+            )
         });
         let workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Graph { made, _workspace: workspace }
@@ -330,6 +257,8 @@ impl Gpu {
     /// Submits the launches of a graph.
     pub(super) fn replay(&self, graph: &Graph) {
         self.submit(
+            Fault::Launch,
+            "launch a graph",
             |queue, _| match &graph.made {
                 Some(Made::Cuda(graph)) => queue.replay(graph),
                 _ => Err(Error::internal("a graph of another device")),
@@ -351,10 +280,12 @@ impl Gpu {
     /// or three of them; `swizzle` in bytes. A failure surfaces at the next wait.
     pub(crate) fn tensor_map(&self, memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> TensorMap {
         let made = self.submit_any(
+            Fault::Launch,
+            "describe a tensor",
             |_, card| card.tensor_map(memory, size, region, swizzle),
             |emulator| emulator.tensor_map(memory, size, region, swizzle),
         );
-        made.unwrap_or(TensorMap([0; 16]))
+        made.unwrap_or(TensorMap::opaque([0; 16]))
     }
 
     /// Submits `c = op(a) b`, or `+=` where it accumulates: `a` bf16 `[m, k]`, or `[k, m]` where it is transposed, `b` bf16
@@ -392,6 +323,8 @@ impl Gpu {
         let fits = stride >= row && a.len() >= (rows - 1) * stride + row && b.len() >= k * n && c.len() >= m * n;
         assert!(fits, "a product [{m}, {n}, {k}] of {a:?} (rows {stride} apart) and {b:?} in {c:?}");
         self.submit(
+            Fault::Launch,
+            "multiply",
             |queue, card| card.matmul(queue, a, stride, transposed, b, c, shape, accumulate),
             |emulator| emulator.matmul(a, stride, transposed, b, c, shape, accumulate),
         );
@@ -422,6 +355,27 @@ impl Gpu {
         })
     }
 
+    /// The first `len` elements, at a multiple of 16 bytes: as they are, or moved to this stream's workspace.
+    pub(crate) fn aligned(&self, b: &Buffer, len: usize) -> Buffer {
+        if b.alignment() >= 16 {
+            return b.clone();
+        }
+        let [moved] = self.scratch([(b.dtype(), len)]);
+        self.copy(&b.view(0, len), &moved);
+        moved
+    }
+
+    /// Whether all of the buffers begin at multiples of `bytes`, as kernels that say so need it. Where not, the stream keeps that
+    /// as its failure.
+    pub(crate) fn require_alignment(&self, bytes: usize, buffers: &[&Buffer]) -> bool {
+        let off = buffers.iter().find(|b| b.alignment() < bytes);
+        if let Some(b) = off {
+            let what = format!("{b:?} begins at a multiple of {} bytes, and its kernel needs {bytes}", b.alignment());
+            self.refuse(Error::internal(what));
+        }
+        off.is_none()
+    }
+
     /// Keeps a failure before anything is submitted.
     pub(crate) fn refuse(&self, e: Error) {
         self.card.keep(e);
@@ -443,12 +397,14 @@ impl Gpu {
     pub(super) fn write<T: Element>(&self, to: &Buffer, data: &[T]) {
         assert_eq!(T::DTYPE, to.dtype(), "a buffer written as another type");
         let data = bytemuck::cast_slice(data);
-        self.submit(|queue, _| queue.write(to, data), |emulator| emulator.upload(data, to));
+        self.submit(Fault::Copy, "copy to it", |queue, _| queue.write(to, data), |emulator| emulator.upload(data, to));
     }
 
     pub(super) fn read<T: Element>(&self, from: &Buffer) -> Coming<T> {
         assert_eq!(T::DTYPE, from.dtype(), "a buffer read as another type");
         let coming = self.submit(
+            Fault::Copy,
+            "copy from it",
             |queue, _| queue.read(from).map(Coming::Staged),
             |emulator| {
                 let mut values = vec![T::zeroed(); from.len()];
@@ -460,11 +416,15 @@ impl Gpu {
     }
 
     pub(super) fn copy(&self, from: &Buffer, to: &Buffer) {
-        self.submit(|queue, _| queue.copy(from, to), |emulator| emulator.copy(from, to));
+        let (cuda, emulated) =
+            (|queue: &Arc<cuda::Queue>, _: &Cuda| queue.copy(from, to), |e: &Emulator| e.copy(from, to));
+        self.submit(Fault::Copy, "copy within it", cuda, emulated);
     }
 
     pub(super) fn fill(&self, b: &Buffer, byte: u8) {
         self.submit_any(
+            Fault::Launch,
+            "fill memory",
             |queue, _| queue.fill(b, byte),
             |emulator| match &mut *self.capturing() {
                 Some(captured) => {
@@ -478,7 +438,20 @@ impl Gpu {
 
     /// Waits for all that was submitted.
     pub(super) fn synchronize(&self) -> Result<()> {
-        self.submit(|queue, _| queue.synchronize(), |_| Ok(()));
+        self.submit(Fault::Lost, "finish its work", |queue, _| queue.synchronize(), |_| Ok(()));
+        self.card.check()
+    }
+
+    /// Marks this point of the queue; nothing to mark where everything runs at submission.
+    pub(super) fn mark(&self) -> Option<cuda::Mark> {
+        self.submit(Fault::Lost, "mark its work", |queue, _| queue.mark().map(Some), |_| Ok(None)).flatten()
+    }
+
+    /// Waits for what was submitted before a mark.
+    pub(super) fn wait_for(&self, mark: Option<&cuda::Mark>) -> Result<()> {
+        if let Some(mark) = mark {
+            self.card.run(|_| mark.wait());
+        }
         self.card.check()
     }
 
@@ -498,7 +471,7 @@ pub(super) enum Coming<T> {
     /// Given already.
     Here(Vec<T>),
     /// On their way.
-    Staged(cuda::Staged),
+    Staged(cuda::Staged<T>),
 }
 
 #[cfg(all(test, emulator))]

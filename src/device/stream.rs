@@ -1,3 +1,4 @@
+use super::cuda::Mark;
 use super::gpu::Coming;
 use super::{Backend, Buffer, DType, Device, Element, Gpu, Graph, Kind, Pool};
 use crate::{Error, Result};
@@ -119,7 +120,8 @@ impl Stream {
     /// Submits a read of `b`; the values come with [`Pending::wait`].
     pub fn read<T: Element>(&self, b: &Buffer) -> Pending<T> {
         if let Queue::Gpu(gpu) = &*self.queue {
-            return Pending { coming: Values::Gpu(gpu.read(b)), event: self.record() };
+            let event = Event { stream: self.clone(), at: 0, mark: None };
+            return Pending { coming: Values::Gpu(gpu.read(b)), event };
         }
         let slot: Arc<Mutex<Vec<T>>> = Arc::default();
         let (to, b) = (slot.clone(), b.clone());
@@ -186,11 +188,12 @@ impl Stream {
 
     /// Marks this point of the queue.
     pub fn record(&self) -> Event {
-        let at = match &*self.queue {
-            Queue::Immediate(..) | Queue::Gpu(_) => 0,
-            Queue::Deferred(q, _) => q.lock().unwrap_or_else(|e| e.into_inner()).submitted,
+        let (at, mark) = match &*self.queue {
+            Queue::Immediate(..) => (0, None),
+            Queue::Gpu(gpu) => (0, gpu.mark().map(Arc::new)),
+            Queue::Deferred(q, _) => (q.lock().unwrap_or_else(|e| e.into_inner()).submitted, None),
         };
-        Event { stream: self.clone(), at }
+        Event { stream: self.clone(), at, mark }
     }
 
     /// Waits for all that was submitted.
@@ -198,7 +201,10 @@ impl Stream {
     /// # Errors
     /// The first failure of what was submitted, on a GPU of any stream.
     pub fn synchronize(&self) -> Result<()> {
-        self.record().wait()
+        match &*self.queue {
+            Queue::Gpu(gpu) => gpu.synchronize(),
+            _ => self.record().wait(),
+        }
     }
 }
 
@@ -206,16 +212,18 @@ impl Stream {
 #[derive(Clone)]
 pub struct Event {
     stream: Stream,
+    /// Work submitted before it, on a deferred queue.
     at: u64,
+    /// Of a card's queue.
+    mark: Option<Arc<Mark>>,
 }
 
 impl Event {
-    /// Waits until everything submitted before this point has run; on a GPU, also for what was submitted since. Errors of the
-    /// device surface here.
+    /// Waits until everything submitted before this point has run. Errors of the device surface here.
     pub fn wait(&self) -> Result<()> {
         let (q, pool) = match &*self.stream.queue {
             Queue::Immediate(..) => return Ok(()),
-            Queue::Gpu(gpu) => return gpu.synchronize(),
+            Queue::Gpu(gpu) => return gpu.wait_for(self.mark.as_deref()),
             Queue::Deferred(q, pool) => (q, pool),
         };
         let mut q = q.lock().map_err(|_| Error::internal("a launch panicked on this stream"))?;
