@@ -2,7 +2,7 @@
 
 use super::fit;
 use crate::agent::{CodingProtocol, EnginePolicy, EpisodeOptions, RewardRule, Rollouts, See};
-use crate::device::Device;
+use crate::device::{Device, Injected};
 use crate::engine::{Engine, EngineOptions, Sampling};
 use crate::input::{ChatTemplate, Image, ImageProcessor, ImageSource, Picture, Preprocessor, Tokenizer};
 use crate::model::{Config, LoadOptions, Model};
@@ -65,7 +65,7 @@ impl Loaded {
         let device = match config.run.device {
             Place::Cpu => Device::cpu(config.run.threads),
             Place::Cuda => Device::cuda(0)?,
-            Place::Emulated => Device::emulated(config.run.seed)?,
+            Place::Emulated => Device::emulated_failing(config.run.seed, 90, Injected::asked()?)?,
         };
         let options = LoadOptions { freeze_vision: config.model.freeze_vision, progress: true };
         let model = Arc::new(Model::load(weights.unwrap_or(&dir), &device, &options)?);
