@@ -27,15 +27,20 @@ const ARCHITECTURES: [&str; 6] = [
     "-gencode",
     "arch=compute_80,code=compute_80",
 ];
+const KERNEL_FLAGS: [&str; 4] = ["-xc++", UNDEFINED, "-fno-optimize-sibling-calls", "-Wno-psabi"];
 /// Makes the compiler call the emulator at every access of memory; the return address of each call is its place in the code.
-const KERNEL_FLAGS: [&str; 4] = ["-xc++", "-fsanitize=thread", "-fno-optimize-sibling-calls", "-Wno-psabi"];
+const CHECKED: &str = "-fsanitize=thread";
+/// Makes it call the emulator where C++ leaves a result undefined.
+const UNDEFINED: &str = "-fsanitize=signed-integer-overflow,shift,integer-divide-by-zero,bounds-strict,float-cast-overflow,bool,unreachable,return,builtin";
+/// What `VARFT_SANITIZE=address` asks for in place of the emulator's own checks of accesses: see scripts/sanitize.sh.
+const ADDRESS: &str = "-fsanitize=address";
 
 fn main() {
     println!("cargo::rustc-check-cfg=cfg(emulator)");
     for dir in ["build.rs", "kernels", "tests/kernels"] {
         println!("cargo::rerun-if-changed={dir}");
     }
-    for var in ["CXX", "PATH", "VARFT_EMULATOR", "NVCC", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV"] {
+    for var in ["CXX", "PATH", "VARFT_EMULATOR", "VARFT_SANITIZE", "NVCC", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV"] {
         println!("cargo::rerun-if-env-changed={var}");
     }
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap());
@@ -116,8 +121,20 @@ fn build(root: &Path, out: &Path) -> Result<(), String> {
     }
     println!("cargo::rustc-link-search=native={}", out.display());
     println!("cargo::rustc-link-lib=static=varft_kernels");
+    if by_address() {
+        // All of it, in the program itself: its runtime must come before every other library.
+        let runtime = library_file(&compiler, "libasan.a").ok_or("there is no libasan.a beside the compiler")?;
+        let whole = ["-Wl,--whole-archive", &runtime.to_string_lossy(), "-Wl,--no-whole-archive"];
+        for arg in whole.iter().chain(&["-Wl,-Bstatic", "-lstdc++", "-Wl,-Bdynamic", "-lm"]) {
+            println!("cargo::rustc-link-arg={arg}");
+        }
+    }
     link_standard_library(&compiler);
     Ok(())
+}
+
+fn by_address() -> bool {
+    env::var_os("VARFT_SANITIZE").is_some_and(|v| v == "address")
 }
 
 fn compiler() -> Option<OsString> {
@@ -170,8 +187,14 @@ fn library(
         let object = out.join(format!("{name}-{}.o", place(source, include)));
         let mut command = Command::new(compiler);
         command.args(FLAGS);
-        if i >= sources.len() {
+        let kernel = i >= sources.len();
+        if kernel {
             command.args(KERNEL_FLAGS).arg("-I").arg(include);
+        }
+        match by_address() {
+            true => drop(command.arg(ADDRESS)),
+            false if kernel => drop(command.arg(CHECKED)),
+            false => {}
         }
         command.arg("-c").arg(source).arg("-o").arg(&object);
         objects.push(object);
@@ -210,13 +233,18 @@ fn done(status: std::io::Result<std::process::ExitStatus>, command: &Command) ->
 
 /// Statically where there is a static one: the program then starts where there is no C++.
 fn link_standard_library(compiler: &OsString) {
-    let file = Command::new(compiler).arg("-print-file-name=libstdc++.a").output();
-    let path = PathBuf::from(file.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()).unwrap_or_default());
-    match path.parent() {
-        Some(dir) if path.is_absolute() => {
-            println!("cargo::rustc-link-search=native={}", dir.display());
+    match library_file(compiler, "libstdc++.a") {
+        Some(path) => {
+            println!("cargo::rustc-link-search=native={}", path.parent().unwrap_or(&path).display());
             println!("cargo::rustc-link-lib=static:-bundle=stdc++");
         }
-        _ => println!("cargo::rustc-link-lib=stdc++"),
+        None => println!("cargo::rustc-link-lib=stdc++"),
     }
+}
+
+/// A library that comes with the compiler.
+fn library_file(compiler: &OsString, name: &str) -> Option<PathBuf> {
+    let file = Command::new(compiler).arg(format!("-print-file-name={name}")).output().ok()?;
+    let path = PathBuf::from(String::from_utf8_lossy(&file.stdout).trim());
+    path.is_absolute().then_some(path)
 }

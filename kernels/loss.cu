@@ -166,7 +166,7 @@ loss_gradient(const float* logits,          // [rows, vocabulary]
   const float* x = logits + static_cast<size_t>(blockIdx.x) * vocabulary;
   bf16* dx = gradient + static_cast<size_t>(blockIdx.x) * 2 * vocabulary;
   const float* runs = run_gradient + 4 * static_cast<size_t>(first);
-  const bool aligned = vocabulary % 4 == 0;
+  const bool aligned = vocabulary % 4 == 0 && aligned16(logits);
   for (int from = 0; from < vocabulary; from += GRADIENT_STEP) {
     const int id = from + threadIdx.x * 8;
     float v[8];

@@ -22,7 +22,7 @@ rms_norm_forward(const bf16* x,         // [rows, columns]
                  bf16* h,               // [rows, columns] or null with residual; may be x or residual
                  bf16* y,               // [rows, columns]
                  int columns, float eps) {
-  const bool aligned = columns % 8 == 0;
+  const bool aligned = columns % 8 == 0 && aligned16(x) && aligned16(residual) && aligned16(w) && aligned16(h) && aligned16(y);
   const size_t row = static_cast<size_t>(blockIdx.x) * columns;
   float squares[1] = {0.0f};
   for (int c = threadIdx.x * 8; c < columns; c += STEP) {
@@ -65,7 +65,8 @@ rms_norm_backward(const bf16* h,          // [rows, columns]
                   float* dw_partial,      // [blocks, columns], or null where the weight is frozen
                   int rows, int columns, float eps) {
   DYNAMIC_SHARED(float, dw);
-  const bool aligned = columns % 8 == 0;
+  const bool aligned =
+      columns % 8 == 0 && aligned16(h) && aligned16(w) && aligned16(dy) && aligned16(dresidual) && aligned16(dh);
   const int share = (rows + gridDim.x - 1) / gridDim.x, first = blockIdx.x * share;
   const int end = first + share < rows ? first + share : rows;
   for (int c = threadIdx.x * 8; c < columns; c += STEP)

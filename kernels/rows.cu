@@ -51,8 +51,8 @@ rows_put(const unsigned* index,   // [entries]
 }
 KERNEL(rows_put, THREADS);
 
-// Before rows_mark, for the same index: nothing is known of the rows that it names. An index of 2^32 - 1 is no row. Grid: one
-// thread an entry.
+// Before rows_mark, for the same index: nothing is known of the rows that it names, several threads perhaps of one. An index of
+// 2^32 - 1 is no row. Grid: one thread an entry.
 GLOBAL void __launch_bounds__(THREADS)
 rows_forget(const unsigned* index,  // [rows]
             unsigned* ends,         // [rows of the destination, 2]
@@ -60,7 +60,8 @@ rows_forget(const unsigned* index,  // [rows]
   const unsigned i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= static_cast<unsigned>(rows) || index[i] == ~0u) return;
   const size_t at = static_cast<size_t>(index[i]) * 2;
-  ends[at] = ends[at + 1] = 0;
+  atomicExch(ends + at, 0u);
+  atomicExch(ends + at + 1, 0u);
 }
 KERNEL(rows_forget, THREADS);
 

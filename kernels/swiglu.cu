@@ -15,7 +15,7 @@ swiglu_forward(const bf16* gate_up,  // [rows, 2 width], the gates before the up
   const auto [i, c] = this_vector<THREADS>(width);
   if (i >= static_cast<unsigned>(rows)) return;
   const size_t row = i;
-  const bool aligned = width % 8 == 0;
+  const bool aligned = width % 8 == 0 && aligned16(gate_up) && aligned16(h);
   float gate[8], up[8];
   load8(gate, gate_up + row * 2 * width, c, width, aligned);
   load8(up, gate_up + row * 2 * width + width, c, width, aligned);
@@ -34,7 +34,7 @@ swiglu_backward(const bf16* gate_up,  // [rows, 2 width]
   const auto [i, c] = this_vector<THREADS>(width);
   if (i >= static_cast<unsigned>(rows)) return;
   const size_t row = i;
-  const bool aligned = width % 8 == 0;
+  const bool aligned = width % 8 == 0 && aligned16(gate_up) && aligned16(dh) && aligned16(dgate_up);
   float gate[8], up[8], d[8];
   load8(gate, gate_up + row * 2 * width, c, width, aligned);
   load8(up, gate_up + row * 2 * width + width, c, width, aligned);

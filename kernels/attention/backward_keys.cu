@@ -85,9 +85,11 @@ __device__ __forceinline__ void key_tile(const Keys& keys, int first_key, int co
 
   Span coming = {};
   bool more = find(coming);
-  load_keys<HD>(k_tile, keys.k, keys, first_key, count, end);
-  load_keys<HD>(v_tile, keys.v, keys, first_key, count, end);
-  if (more) load(coming, 0);
+  if (more) {
+    load_keys<HD>(k_tile, keys.k, keys, first_key, count, end);
+    load_keys<HD>(v_tile, keys.v, keys, first_key, count, end);
+    load(coming, 0);
+  }
   float dk[HD / 8][4] = {}, dv[HD / 8][4] = {};
   for (int stage = 0; more; stage ^= 1) {
     const unsigned pages = coming.pages;

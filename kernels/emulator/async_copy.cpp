@@ -13,7 +13,7 @@ void land(Thread& t, std::size_t count) {
   for (std::size_t i = 0; i < count; i++) {
     const Copy& c = q.copies[i];
     block.shared.set_in_flight(c.to, c.bytes + c.zeros, false);
-    block.check(t, c.to, c.bytes + c.zeros, true, false, c.place);
+    block.check(t, c.to, c.bytes + c.zeros, Use::write, c.place);
     std::memcpy(c.to, c.from, c.bytes);
     std::memset(static_cast<char*>(c.to) + c.bytes, 0, c.zeros);
   }
@@ -38,8 +38,8 @@ void cp_async(void* to, const void* from, unsigned bytes, unsigned valid) {
              describe(place).c_str());
     });
   }
-  if (valid) block.check(t, from, valid, false, false, place);
-  block.check(t, to, bytes, true, false, place);
+  if (valid) block.check(t, from, valid, Use::read, place);
+  block.check(t, to, bytes, Use::write, place);
   block.shared.set_in_flight(to, bytes, true);
   t.queue.copies.push_back({to, from, valid, bytes - valid, place});
 }
@@ -78,7 +78,15 @@ void Block::copy_in_flight(Thread& t, const void* address, std::size_t bytes, bo
         return;
       }
     }
-    append(s, ", where a tensor copy has not landed; the first under way was started at %s", describe(bulk_copies_[0].place).c_str());
+    for (auto* copies : {&landed_, &bulk_copies_}) {
+      for (auto& c : *copies) {
+        const std::size_t size = c.bytes(), from = shared.offset(c.to), at = shared.offset(address);
+        if (at + bytes <= from || from + size <= at) continue;
+        append(s, ", where the tensor copy that %s started at %s has not landed, as far as anybody has waited",
+               name(threads[c.thread]).c_str(), describe(c.place).c_str());
+        return;
+      }
+    }
   });
 }
 

@@ -18,7 +18,7 @@ T update(T* address, F f, Place place) {
              describe(place).c_str(), static_cast<void*>(address));
     });
   }
-  t.block->check(t, address, sizeof(T), true, true, place);
+  t.block->check(t, address, sizeof(T), Use::update, place);
   auto* word = reinterpret_cast<W*>(address);
   W seen = __atomic_load_n(word, __ATOMIC_RELAXED);
   for (;;) {
@@ -42,6 +42,10 @@ T update(T* address, F f, Place place) {
 EMULATED_ATOMICS(int, unsigned)
 EMULATED_ATOMICS(unsigned, unsigned)
 EMULATED_ATOMICS(unsigned long long, unsigned long long)
+
+unsigned atomic_exchange(unsigned* a, unsigned v) {
+  return update<unsigned>(a, [=](unsigned) { return v; }, __builtin_return_address(0));
+}
 
 float atomic_add(float* a, float v) {
   return update<unsigned>(a, [=](float old) { return old + v; }, __builtin_return_address(0));

@@ -113,7 +113,12 @@ void Block::deadlock() {
         case At::block_barrier: s += " at __syncthreads"; break;
         case At::named_barrier: append(s, " at barrier %u for %u threads", w.id, w.count); break;
         case At::collective: append(s, " in %s with mask %#x", w.collective->name, w.mask); break;
-        case At::mbarrier: append(s, " at the mbarrier at byte %u of shared memory", w.id); break;
+        case At::mbarrier:
+          append(s, " at the mbarrier at byte %u of shared memory", w.id);
+          for (auto& b : mbarriers_) {
+            if (b.offset == w.id) append(s, ", which lacks %u arrivals and %lld bytes,", b.pending, static_cast<long long>(b.bytes));
+          }
+          break;
         default: s += " ended"; continue;
       }
       append(s, " at %s", describe(w.place).c_str());

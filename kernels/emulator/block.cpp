@@ -40,14 +40,14 @@ bool Block::run(const Launch& what, Index at, Bounds& bounds) {
   threads.resize(n);
   at_block_barrier_ = 0, runnable_warps_ = 0, live = n;
   for (auto& b : named_) b.count = b.arrived = 0;
-  mbarriers_.clear(), bulk_copies_.clear();
+  mbarriers_.clear(), bulk_copies_.clear(), landed_.clear();
   for (auto& w : warps) w.runnable = w.live = 0, w.gatherings.clear(), w.released.clear();
   for (unsigned i = 0; i < n; i++) {
     Thread& t = threads[i];
     t.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
     t.linear = i, t.lane = i % WARP, t.warp = &warps[i / WARP], t.block = this, t.wait = {};
     t.queue.copies.clear(), t.queue.groups.clear();
-    t.multiplies.pending.clear(), t.multiplies.groups.clear();
+    t.multiplies.pending.clear(), t.multiplies.groups.clear(), t.multiplies.registers.forget();
     if (t.lane == 0) t.warp->lanes = &t;
     t.warp->live |= 1u << t.lane;
     char* stack = stacks_.get(i);
@@ -62,12 +62,26 @@ bool Block::run(const Launch& what, Index at, Bounds& bounds) {
   running = next();
   switch_to(host_, running->context);
   running = nullptr;
-  if (failure.empty() && !bulk_copies_.empty()) {
-    begin_failure();
-    append(failure, "the block ended before the tensor copy that %s started at %s had landed",
-           name(threads[bulk_copies_[0].thread]).c_str(), describe(bulk_copies_[0].place).c_str());
-  }
+  if (failure.empty()) check_end();
   return failure.empty();
+}
+
+// A block must not end with work under way that nobody has waited for.
+void Block::check_end() {
+  const auto& copies = bulk_copies_.empty() ? landed_ : bulk_copies_;
+  for (auto& copy : copies) {
+    begin_failure();
+    append(failure, "the block ended before anybody waited for the tensor copy that %s started at %s",
+           name(threads[copy.thread]).c_str(), describe(copy.place).c_str());
+    return end_failure();
+  }
+  for (auto& b : mbarriers_) {
+    if (b.bytes == 0) continue;
+    begin_failure();
+    append(failure, "the block ended while the mbarrier at byte %u of shared memory waits for %lld more bytes", b.offset,
+           static_cast<long long>(b.bytes));
+    return end_failure();
+  }
 }
 
 void Block::thread_main() {
@@ -129,6 +143,7 @@ void Block::wait(Thread& t, Wait what) {
 
 // Whoever has ended takes part in nothing: barriers of the block and collectives go on without it.
 void Block::exit(Thread& t) {
+  unfinished(t);
   t.wait.at = Wait::At::exited;
   t.warp->live &= ~(1u << t.lane);
   t.warp->runnable &= ~(1u << t.lane);
@@ -150,12 +165,32 @@ void Block::exit(Thread& t) {
   __builtin_unreachable();
 }
 
+// The same of a thread and its own.
+void Block::unfinished(Thread& t) {
+  if (!t.queue.copies.empty()) {
+    fail([&](std::string& s) {
+      append(s, "%s ended before it waited for the copy by cp.async that it started at %s", name(t).c_str(),
+             describe(t.queue.copies[0].place).c_str());
+    });
+  }
+  if (!t.multiplies.pending.empty()) {
+    fail([&](std::string& s) {
+      append(s, "%s ended before it waited for the wgmma that it started at %s", name(t).c_str(),
+             describe(t.multiplies.pending[0].place).c_str());
+    });
+  }
+}
+
 void Block::begin_failure() {
   append(failure, "kernel %s, block (%u,%u,%u): ", launch.kernel, index.x, index.y, index.z);
 }
 
-void Block::leave() {
+void Block::end_failure() {
   append(failure, "\n  the order of warps came from seed %llu", static_cast<unsigned long long>(launch.seed));
+}
+
+void Block::leave() {
+  end_failure();
   switch_to(running->context, host_, true);
   __builtin_unreachable();
 }

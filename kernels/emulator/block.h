@@ -55,16 +55,32 @@ struct CopyQueue {
 struct AsyncMultiply {
   float* d;
   int n;
-  bool from_registers, accumulate;
+  const std::uint32_t* from;  // A's registers, or null
+  bool accumulate;
   std::uint64_t a, b;
   std::uint32_t registers[4];
   float before[128];
   Place place;
 };
 
+// Which words of its stack a thread has touched since its last wgmma.fence: what may be an instruction's registers.
+class Registers {
+ public:
+  bool fenced() const { return now_ != 0; }  // was there a fence in this block
+  void forget() { now_ = 0; }
+  void fence();
+  void touch(std::size_t offset, std::size_t bytes);
+  bool touched(std::size_t offset, std::size_t bytes) const;
+
+ private:
+  std::uint16_t now_ = 0;
+  std::vector<std::uint16_t> touched_;  // `now_` of the last touch, per word
+};
+
 struct MultiplyQueue {
   std::vector<AsyncMultiply> pending;
   std::vector<std::size_t> groups;
+  Registers registers;
 };
 
 struct Thread {
@@ -102,11 +118,13 @@ struct NamedBarrier {
 struct MBarrier {
   unsigned offset, count, pending;  // pending: arrivals that the phase under way still needs
   std::int64_t bytes;               // and bytes
-  unsigned parity;                  // of the phase under way
+  std::int32_t phase;               // under way, the first is 0
   Released released;
+  std::vector<std::int32_t> seen;   // by each thread: the last phase whose end it waited for, or NEVER
+  static constexpr std::int32_t NEVER = -2;
 };
 
-// A copy of a tensor's box that has not landed.
+// A copy of a tensor's box that has not landed, or for whose landing nobody has waited.
 struct BulkCopy {
   void* to;
   const void* barrier;
@@ -114,6 +132,8 @@ struct BulkCopy {
   int corner[3];
   unsigned thread;
   Place place;
+  std::int32_t phase = 0;  // of the barrier, once landed
+  unsigned bytes() const;  // of the box
 };
 
 // What a launch is, for all its blocks.
@@ -124,6 +144,7 @@ struct Launch {
   Index grid, block;
   std::size_t shared_bytes;
   std::uint64_t seed;
+  std::uint32_t number;  // of the launch
 };
 
 class Block {
@@ -146,7 +167,9 @@ class Block {
   }
 
   // A kernel's access of memory; fails the block where there is none, or another thread is in the way.
-  void check(Thread& thread, const void* address, std::size_t bytes, bool write, bool atomic, Place place);
+  void check(Thread& thread, const void* address, std::size_t bytes, Use use, Place place);
+  // The same of a thread's own stack, where wgmma's registers are.
+  void check_registers(Thread& thread, const void* address, std::size_t bytes, bool write, Place place);
 
   void block_barrier(Thread& thread, Place place);
   void named_barrier(Thread& thread, unsigned id, unsigned count, bool wait_too, Place place);
@@ -172,16 +195,21 @@ class Block {
   void turn();
   Thread* next();
   void go_on();
+  void check_end();
   void begin_failure();
+  void end_failure();
   [[noreturn]] void leave();
   [[noreturn]] void deadlock();
   [[noreturn]] void copy_in_flight(Thread& thread, const void* address, std::size_t bytes, bool write, Place place);
+  void check_global(Thread& thread, const void* address, std::size_t bytes, Use use, Place place);
+  void unfinished(Thread& thread);
   void release_block_barrier();
   void release_named_barrier(unsigned id);
   bool complete(Warp& warp, std::size_t gathering);
   MBarrier& mbarrier(Thread& thread, const void* address, bool initialise, Place place);
   void mbarrier_advance(MBarrier& barrier);
   void land_bulk_copy();
+  void show_bulk_copies(unsigned barrier, std::int32_t phase);
   std::uint32_t random();
 
   Stacks stacks_;
@@ -190,7 +218,7 @@ class Block {
   unsigned at_block_barrier_ = 0;
   NamedBarrier named_[NAMED_BARRIERS];
   std::vector<MBarrier> mbarriers_;
-  std::vector<BulkCopy> bulk_copies_;
+  std::vector<BulkCopy> bulk_copies_, landed_;
   std::uint32_t runnable_warps_ = 0;
   unsigned warp_ = 0, first_lane_ = 0;
   bool descending_ = false;

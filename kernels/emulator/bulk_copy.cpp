@@ -1,6 +1,7 @@
 // The tensor memory accelerator: boxes of 16-bit elements from global to shared memory, reported to an mbarrier.
 //
 // A copy lands as late as it can: when no thread of the block can go on without it. What lies outside the tensor is zero.
+#include <algorithm>
 #include <cstring>
 
 #include "block.h"
@@ -17,40 +18,35 @@ std::uint32_t swizzled(std::uint32_t offset, unsigned swizzle) {
   return offset ^ ((offset >> 7 & bits) << 4);
 }
 
-unsigned box_bytes(const TensorMap& map) {
+// After how many bytes a swizzle repeats: at multiples of it a box begins.
+unsigned pattern(unsigned swizzle) { return swizzle ? 8 * swizzle : 128; }
+
+}  // namespace
+
+unsigned BulkCopy::bytes() const {
   unsigned bytes = ELEMENT;
   for (unsigned i = 0; i < map.rank; i++) bytes *= map.box[i];
   return bytes;
 }
 
-// What is wrong with a map, or null.
-const char* refuse(const TensorMap& map) {
-  const unsigned row = map.box[0] * ELEMENT;
-  if (map.rank < 2 || map.rank > 3) return "its rank is not 2 or 3";
-  if (map.base % 16 || map.stride[0] % 16 || (map.rank == 3 && map.stride[1] % 16))
-    return "base or strides are not multiples of 16 bytes";
-  for (unsigned i = 0; i < map.rank; i++)
-    if (map.box[i] == 0 || map.box[i] > 256) return "a side of the box is not 1 to 256";
-  if (row % 16) return "a row of the box is not a multiple of 16 bytes";
-  // Shorter rows are allowed, but where their chunks go we do not know for sure.
-  if (map.swizzle && row != map.swizzle) return "a row of the box is not as long as the swizzle";
-  return nullptr;
-}
-
-}  // namespace
-
+// The map itself was checked where it was made, as the driver does.
 void Block::start_bulk_copy(Thread& t, const BulkCopy& copy) {
-  const char* wrong = refuse(copy.map);
-  if (!wrong && (!shared.covers(copy.to) || reinterpret_cast<std::uintptr_t>(copy.to) % 128))
-    wrong = "its target is not 128-byte aligned shared memory";
-  if (wrong) {
+  const unsigned align = pattern(copy.map.swizzle);
+  if (!shared.covers(copy.to) || reinterpret_cast<std::uintptr_t>(copy.to) % align) {
     fail([&](std::string& s) {
-      append(s, "%s starts a tensor copy at %s: %s", name(t).c_str(), describe(copy.place).c_str(), wrong);
+      append(s, "%s starts a tensor copy at %s: its target is not shared memory aligned to %u bytes, as a swizzle of %u bytes needs it",
+             name(t).c_str(), describe(copy.place).c_str(), align, copy.map.swizzle);
     });
   }
   mbarrier(t, copy.barrier, false, copy.place);
-  const unsigned bytes = box_bytes(copy.map);
-  check(t, copy.to, bytes, true, false, copy.place);
+  const unsigned bytes = copy.bytes();
+  check(t, copy.to, bytes, Use::deliver, copy.place);
+  if (const Written* w = shared.unfenced(copy.to, bytes, t.linear)) {
+    fail([&](std::string& s) {
+      append(s, "%s starts a tensor copy at %s to what %s wrote at %s, and no fence.proxy.async is between", name(t).c_str(),
+             describe(copy.place).c_str(), name(threads[w->thread]).c_str(), describe(w->place).c_str());
+    });
+  }
   shared.set_in_flight(copy.to, bytes, true);
   bulk_copies_.push_back(copy);
 }
@@ -62,33 +58,52 @@ void Block::land_bulk_copy() {
   Thread& t = threads[copy.thread];
   const TensorMap& map = copy.map;
   const unsigned depth = map.rank == 3 ? map.box[2] : 1;
-  shared.set_in_flight(copy.to, box_bytes(map), false);
-  check(t, copy.to, box_bytes(map), true, false, copy.place);
+  // Who reads it without having waited races with this moment; until somebody has waited nobody may.
+  shared.set_in_flight(copy.to, copy.bytes(), false);
+  check(t, copy.to, copy.bytes(), Use::deliver, copy.place);
+  shared.set_in_flight(copy.to, copy.bytes(), true);
   char* const arena = static_cast<char*>(copy.to) - shared.offset(copy.to);
   std::uint32_t to = shared.offset(copy.to);
+  const std::int64_t left = copy.corner[0], width = map.box[0], size = static_cast<std::int64_t>(map.size[0]);
+  // Of every row of the box: what is before the tensor's, in it, and after it.
+  const std::int64_t begin = std::min(std::max<std::int64_t>(-left, 0), width), end = std::max(begin, std::min(size - left, width));
   for (unsigned z = 0; z < depth; z++) {
     for (unsigned y = 0; y < map.box[1]; y++) {
-      for (unsigned x = 0; x < map.box[0]; x++, to += ELEMENT) {
-        const std::int64_t at[3] = {static_cast<std::int64_t>(copy.corner[0]) + x, static_cast<std::int64_t>(copy.corner[1]) + y,
-                                    static_cast<std::int64_t>(copy.corner[2]) + z};
-        bool inside = true;
-        for (unsigned i = 0; i < map.rank; i++) inside &= at[i] >= 0 && at[i] < static_cast<std::int64_t>(map.size[i]);
+      const std::int64_t at_y = static_cast<std::int64_t>(copy.corner[1]) + y, at_z = static_cast<std::int64_t>(copy.corner[2]) + z;
+      const bool inside = at_y >= 0 && at_y < static_cast<std::int64_t>(map.size[1]) &&
+                          (map.rank == 2 || (at_z >= 0 && at_z < static_cast<std::int64_t>(map.size[2])));
+      const std::uint64_t row = map.base + left * ELEMENT + at_y * map.stride[0] + (map.rank == 3 ? at_z * map.stride[1] : 0);
+      if (inside && begin < end) {
+        check_global(t, reinterpret_cast<const void*>(row + begin * ELEMENT), (end - begin) * ELEMENT, Use::read, copy.place);
+      }
+      for (std::int64_t x = 0; x < width; x++, to += ELEMENT) {
         char* element = arena + swizzled(to, map.swizzle);
-        if (inside) {
-          const std::uint64_t from = map.base + at[0] * ELEMENT + at[1] * map.stride[0] + (map.rank == 3 ? at[2] * map.stride[1] : 0);
-          check(t, reinterpret_cast<const void*>(from), ELEMENT, false, false, copy.place);
-          std::memcpy(element, reinterpret_cast<const void*>(from), ELEMENT);
-        } else {
-          std::memset(element, 0, ELEMENT);
-        }
+        if (to % 16 == 0) shared.set_swizzle(element, map.swizzle);
+        if (inside && x >= begin && x < end) std::memcpy(element, reinterpret_cast<const void*>(row + x * ELEMENT), ELEMENT);
+        else std::memset(element, 0, ELEMENT);
       }
     }
   }
   for (auto& b : mbarriers_) {
     if (b.offset != shared.offset(copy.barrier)) continue;
+    landed_.push_back(copy);
+    landed_.back().phase = b.phase;
     shared.order.release(copy.thread, b.released);
-    b.bytes -= box_bytes(map);
+    b.bytes -= copy.bytes();
     mbarrier_advance(b);
+  }
+}
+
+// What came in a phase that somebody has waited for may be touched.
+void Block::show_bulk_copies(unsigned barrier, std::int32_t phase) {
+  for (std::size_t i = 0; i < landed_.size();) {
+    const BulkCopy copy = landed_[i];
+    if (shared.offset(copy.barrier) != barrier || copy.phase > phase) {
+      i++;
+      continue;
+    }
+    landed_.erase(landed_.begin() + i);
+    shared.set_in_flight(copy.to, copy.bytes(), false);
   }
 }
 

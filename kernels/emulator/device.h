@@ -23,12 +23,14 @@ namespace emulator {
 void* dynamic_shared();
 void* shared_array(const void* tag, std::size_t bytes, std::size_t align);
 
-// Sixteen aligned bytes at once. Passed in registers, so that no check is made of what a vector's elements do afterwards.
+// Four and sixteen aligned bytes at once. Passed in registers, so that no check is made of what a vector's elements do afterwards.
 struct Bits16 {
   std::uint64_t low, high;
 };
 Bits16 load16(const void* from);
 void store16(void* to, Bits16 bits);
+std::uint32_t load4(const void* from);
+void store4(void* to, std::uint32_t bits);
 
 void sync_threads();
 void sync_warp(std::uint32_t mask);
@@ -57,6 +59,7 @@ float atomic_add(float* address, float value);
 int atomic_max(int* address, int value);
 unsigned atomic_max(unsigned* address, unsigned value);
 unsigned long long atomic_max(unsigned long long* address, unsigned long long value);
+unsigned atomic_exchange(unsigned* address, unsigned value);
 int atomic_cas(int* address, int expected, int value);
 unsigned atomic_cas(unsigned* address, unsigned expected, unsigned value);
 unsigned long long atomic_cas(unsigned long long* address, unsigned long long expected, unsigned long long value);
@@ -80,8 +83,10 @@ void mma_f16(float* d, const std::uint32_t* a, const std::uint32_t* b);
 
 // A from `registers`, or by its descriptor where they are null.
 void wgmma(float* d, unsigned n, const std::uint32_t* registers, std::uint64_t a, std::uint64_t b, bool accumulate);
+void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(unsigned pending);
+void fence_proxy_async();
 std::uint32_t shared_address(const void* address);
 
 }  // namespace emulator
@@ -129,6 +134,7 @@ template <class T>
 __forceinline__ T atomicAdd(T* address, T value) { return emulator::atomic_add(address, value); }
 template <class T>
 __forceinline__ T atomicMax(T* address, T value) { return emulator::atomic_max(address, value); }
+__forceinline__ unsigned atomicExch(unsigned* address, unsigned value) { return emulator::atomic_exchange(address, value); }
 template <class T>
 __forceinline__ T atomicCAS(T* address, T expected, T value) { return emulator::atomic_cas(address, expected, value); }
 

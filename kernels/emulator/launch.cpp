@@ -168,6 +168,11 @@ void* varft_emulator_allocate(std::size_t bytes) { return emulator::allocate(byt
 
 void varft_emulator_release(void* memory) { emulator::release(memory); }
 
+const char* const* varft_emulator_parameters(const char* name) {
+  const auto* kernel = emulator::find(name);
+  return kernel ? kernel->types : nullptr;
+}
+
 int varft_emulator_run(const varft_emulator_launch* l, char* message, std::size_t capacity) {
   std::string failure;
   try {
@@ -175,7 +180,7 @@ int varft_emulator_run(const varft_emulator_launch* l, char* message, std::size_
     failure = emulator::refuse(kernel, *l);
     if (failure.empty()) {
       emulator::Launch what{l->kernel, kernel->call, l->values, {l->grid[0], l->grid[1], l->grid[2]},
-                            {l->block[0], l->block[1], l->block[2]}, l->shared_bytes, l->seed};
+                            {l->block[0], l->block[1], l->block[2]}, l->shared_bytes, l->seed, emulator::next_launch()};
       failure = emulator::launch(what, l->workers);
     }
   } catch (const std::exception& e) {

@@ -20,6 +20,9 @@ struct varft_emulator_launch {
 void* varft_emulator_allocate(std::size_t bytes);
 void varft_emulator_release(void* memory);
 
+// The types of a kernel's parameters, as in registry.h, a null pointer after the last; null where no kernel has that name.
+const char* const* varft_emulator_parameters(const char* kernel);
+
 // Runs a launch to its end. 0: it went well; else `message` (at most `capacity` bytes with the final zero) says what did not.
 int varft_emulator_run(const varft_emulator_launch* launch, char* message, std::size_t capacity);
 

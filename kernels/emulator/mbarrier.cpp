@@ -13,7 +13,7 @@ MBarrier& Block::mbarrier(Thread& t, const void* address, bool initialise, Place
              describe(place).c_str());
     });
   }
-  check(t, address, 8, true, !initialise, place);
+  check(t, address, 8, initialise ? Use::write : Use::update, place);
   const unsigned offset = shared.offset(address);
   for (auto& b : mbarriers_)
     if (b.offset == offset) return b;
@@ -23,13 +23,13 @@ MBarrier& Block::mbarrier(Thread& t, const void* address, bool initialise, Place
              describe(place).c_str());
     });
   }
-  mbarriers_.push_back({offset, 0, 0, 0, 0, {}});
+  mbarriers_.push_back({offset, 0, 0, 0, 0, {}, {}});
   return mbarriers_.back();
 }
 
 void Block::mbarrier_init(Thread& t, const void* address, unsigned count, Place place) {
   MBarrier& b = mbarrier(t, address, true, place);
-  b = {b.offset, count, count, 0, 0, {}};
+  b = {b.offset, count, count, 0, 0, {}, std::vector<std::int32_t>(threads.size(), MBarrier::NEVER)};
 }
 
 void Block::mbarrier_arrive(Thread& t, const void* address, std::int64_t bytes, Place place) {
@@ -47,20 +47,40 @@ void Block::mbarrier_arrive(Thread& t, const void* address, std::int64_t bytes, 
 }
 
 void Block::mbarrier_advance(MBarrier& b) {
-  if (b.pending || b.bytes) return;
-  b.parity ^= 1;
+  if (b.pending || b.bytes > 0) return;
+  if (b.bytes < 0) {
+    fail([&](std::string& s) {
+      append(s, "the mbarrier at byte %u of shared memory was told of %lld bytes fewer than came in this phase", b.offset,
+             static_cast<long long>(-b.bytes));
+    });
+  }
+  b.phase++;
   b.pending = b.count;
   for (auto& t : threads)
     if (t.wait.at == Wait::At::mbarrier && t.wait.id == b.offset) wake(t);
 }
 
-// The phase of that parity has ended when the one under way has the other.
+// The phase of that parity has ended when the one under way has the other. So a thread must not be two phases behind: it would
+// wait for one that comes after the one that it means, which is the one after its last, or that again.
 void Block::mbarrier_wait(Thread& t, const void* address, unsigned parity, Place place) {
-  const unsigned offset = mbarrier(t, address, false, place).offset;
+  std::int32_t meant = mbarrier(t, address, false, place).seen[t.linear];
+  const bool known = meant != MBarrier::NEVER;
+  if (known && (meant & 1) != static_cast<int>(parity)) meant++;
   for (;;) {
     MBarrier& b = mbarrier(t, address, false, place);
-    if (b.parity != parity) return shared.order.acquire(t.linear, b.released);
-    wait(t, {Wait::At::mbarrier, place, nullptr, 0, offset});
+    const std::int32_t ended = b.phase - 1;
+    if (known && ended > meant) {
+      fail([&](std::string& s) {
+        append(s, "%s waits at the mbarrier at byte %u of shared memory at %s for the end of phase %d, and phase %d has ended too: a wait by parity cannot tell",
+               name(t).c_str(), b.offset, describe(place).c_str(), meant, ended);
+      });
+    }
+    if ((ended & 1) == static_cast<int>(parity)) {
+      b.seen[t.linear] = ended;
+      show_bulk_copies(b.offset, ended);
+      return shared.order.acquire(t.linear, b.released);
+    }
+    wait(t, {Wait::At::mbarrier, place, nullptr, 0, b.offset});
   }
 }
 

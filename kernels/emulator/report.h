@@ -7,6 +7,9 @@ namespace emulator {
 // An address in a kernel's code: the return address of a call into the emulator.
 using Place = const void*;
 
+// What is done to memory. `deliver`: a tensor copy writes, which is not a write by the thread that started it.
+enum class Use { read, write, update, deliver };
+
 // `rms_norm.cu:42`, as far as the executable's line table tells; else the file of code and an offset.
 std::string describe(Place place);
 

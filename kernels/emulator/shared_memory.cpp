@@ -32,9 +32,11 @@ void SharedMemory::start(unsigned threads, std::size_t dynamic) {
 #ifdef __SANITIZE_ADDRESS__
   __asan_poison_memory_region(base_, capacity_);
 #endif
-  if (order.start(threads)) words_.clear();
+  if (order.start(threads)) words_.clear(), written_.clear();
   arrays_.clear();
   used_ = evict_ = 0;
+  written_begin_ = ~0u, written_end_ = 0;
+  layout_.clear();
   if (pending_words_) std::fill(pending_.begin(), pending_.end(), 0), pending_words_ = 0;
   if (dynamic) array(nullptr, dynamic, 1024);
 }
@@ -48,7 +50,7 @@ void* SharedMemory::array(const void* tag, std::size_t bytes, std::size_t align)
   used_ = begin + bytes;
   arrays_.push_back({tag, static_cast<std::uint32_t>(begin), static_cast<std::uint32_t>(used_)});
   std::size_t words = used_ / 4 + 1;
-  if (words_.size() < words) words_.resize(words), pending_.resize(words);
+  if (words_.size() < words) words_.resize(words), pending_.resize(words), written_.resize(words);
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(base_ + begin, bytes);
 #endif
@@ -82,10 +84,11 @@ std::string SharedMemory::nearest(const void* address) const {
 // Each word remembers its last four accesses. One that is ordered before a newer access of the same bytes, and that could
 // race with nothing that the newer one doesn't, gives its place up; when all four are needed, a read goes first. So a race
 // can be missed when more than four threads touch a word between two barriers; none is ever reported that isn't one.
-bool SharedMemory::record(const void* address, std::size_t bytes, unsigned thread, bool write, bool atomic, Place place,
-                          Access& other) {
+bool SharedMemory::record(const void* address, std::size_t bytes, unsigned thread, Use use, Place place, Access& other) {
+  const bool write = use != Use::read, atomic = use == Use::update;
   const std::uint64_t epoch = order.epoch(), clock = order.clock(thread);
   std::uint32_t at = offset(address), end = at + bytes;
+  if (use == Use::write) wrote(at, end, thread, place);
   for (std::uint32_t word = at / 4; word * 4 < end; word++) {
     std::uint32_t low = std::max(at, word * 4) - word * 4, high = std::min(end, word * 4 + 4) - word * 4;
     const unsigned mask = ((1u << high) - 1) & ~((1u << low) - 1);
@@ -112,6 +115,29 @@ bool SharedMemory::record(const void* address, std::size_t bytes, unsigned threa
     slots[free] = {epoch, clock, thread, mask, write, atomic, place};
   }
   return true;
+}
+
+void SharedMemory::wrote(std::uint32_t at, std::uint32_t end, unsigned thread, Place place) {
+  written_begin_ = std::min(written_begin_, at), written_end_ = std::max(written_end_, end);
+  const Written now = {order.epoch(), order.clock(thread), thread, place};
+  for (std::uint32_t word = at / 4; word * 4 < end; word++) written_[word] = now;
+  if (!layout_.empty())
+    for (std::uint32_t chunk = at / 16; chunk * 16 < end; chunk++) layout_[chunk] = 0;
+}
+
+const Written* SharedMemory::unfenced(const void* address, std::size_t bytes, unsigned reader) const {
+  const std::uint32_t at = std::max(offset(address), written_begin_);
+  const std::uint32_t end = std::min(static_cast<std::uint32_t>(offset(address) + bytes), written_end_);
+  for (std::uint32_t word = at / 4; word * 4 < end; word++) {
+    const Written& w = written_[word];
+    if (order.in_block(w.epoch) && !order.fenced(w.thread, w.epoch, w.clock, reader)) return &w;
+  }
+  return nullptr;
+}
+
+void SharedMemory::set_swizzle(const void* address, unsigned swizzle) {
+  layout_.resize(capacity_ / 16);
+  layout_[offset(address) / 16] = swizzle / 32 + 1;
 }
 
 void SharedMemory::set_in_flight(const void* address, std::size_t bytes, bool in_flight) {

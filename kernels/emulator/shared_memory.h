@@ -1,4 +1,5 @@
-// A block's shared memory: its arrays, who touched which bytes last, and which bytes an asynchronous copy has not reached.
+// A block's shared memory: its arrays, who touched which bytes last, which bytes an asynchronous copy has not reached, and in
+// which order a tensor copy has left them.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,6 +16,12 @@ constexpr std::size_t SHARED_LIMIT = 227 << 10;  // what a block may have on sm_
 // One access of up to four bytes of one 32-bit word, and where in the code.
 struct Access {
   std::uint64_t epoch : 24, clock : 24, thread : 10, bytes : 4, write : 1, atomic : 1;  // bytes: a mask
+  Place place;
+};
+
+// What a thread wrote last into a word.
+struct Written {
+  std::uint64_t epoch : 24, clock : 24, thread : 10;
   Place place;
 };
 
@@ -41,11 +48,19 @@ class SharedMemory {
   std::string nearest(const void* address) const;
 
   // Records an access in bounds. If it races with an earlier one, copies that one to `other` and returns false.
-  bool record(const void* address, std::size_t bytes, unsigned thread, bool write, bool atomic, Place place, Access& other);
+  bool record(const void* address, std::size_t bytes, unsigned thread, Use use, Place place, Access& other);
 
   // Marks bytes as the target of an asynchronous copy, or as reached by it.
   void set_in_flight(const void* address, std::size_t bytes, bool in_flight);
   bool in_flight(const void* address, std::size_t bytes) const;
+
+  // The first word of the range that a thread wrote with no fence.proxy.async before an asynchronous access that `reader`
+  // starts now, or null.
+  const Written* unfenced(const void* address, std::size_t bytes, unsigned reader) const;
+
+  // The swizzle (0, 32, 64, 128) in which a tensor copy left the 16 bytes there; negative: no tensor copy was there last.
+  int swizzle(const void* address) const { return layout_.empty() ? -1 : layout_[offset(address) / 16] * 32 - 32; }
+  void set_swizzle(const void* address, unsigned swizzle);
 
   Order order;
 
@@ -55,6 +70,8 @@ class SharedMemory {
     std::uint32_t begin, end;
   };
   static constexpr unsigned SLOTS = 4;
+  void wrote(std::uint32_t at, std::uint32_t end, unsigned thread, Place place);
+
   struct alignas(64) Word {
     Access slots[SLOTS];
   };
@@ -66,6 +83,9 @@ class SharedMemory {
   std::vector<Word> words_;
   std::vector<std::uint8_t> pending_;  // per word: how many copies are on their way
   unsigned pending_words_ = 0;
+  std::vector<Written> written_;                      // per word
+  std::uint32_t written_begin_ = ~0u, written_end_ = 0;  // all of them in this block
+  std::vector<std::uint8_t> layout_;                  // per 16 bytes: swizzle / 32 + 1, or 0; empty without tensor copies
   unsigned evict_ = 0;
 };
 

@@ -30,12 +30,13 @@ void load_matrices(Block& block, Warp& warp, std::uint32_t) {
                  Block::name(t).c_str(), a.row, describe(a.place).c_str());
         });
       }
-      block.check(t, a.row, 16, false, false, a.place);
+      block.check(t, a.row, 16, Use::read, a.place);
       std::memcpy(rows[r], a.row, 16);
     }
     for (int lane = 0; lane < 32; lane++) {
       const int i = lane / 4, j = lane % 4 * 2;
       const std::uint32_t low = TRANSPOSED ? rows[j][i] : rows[i][j], high = TRANSPOSED ? rows[j + 1][i] : rows[i][j + 1];
+      block.check(warp.lanes[lane], &argument(lane).to[m], 4, Use::write, argument(lane).place);
       argument(lane).to[m] = low | high << 16;
     }
   }
@@ -51,6 +52,7 @@ const Collective LOADS[2][3] = {{{"ldmatrix.x1", load_matrices<1, false>, true},
 struct MultiplyArgument {
   float* d;
   const std::uint32_t *a, *b;
+  Place place;
 };
 
 // Chosen at run time: the binary runs on any x86-64. Without contraction both give the same bits.
@@ -62,7 +64,7 @@ __attribute__((target_clones("avx2", "default"))) void multiply(const float (&a)
 }
 
 template <float (*TO_FLOAT)(std::uint16_t)>
-void multiply_lanes(Block&, Warp& warp, std::uint32_t) {
+void multiply_lanes(Block& block, Warp& warp, std::uint32_t) {
   float a[16][16], b[16][8], d[16][8];
   auto unpack = [](std::uint32_t pair, float& low, float& high) {
     low = TO_FLOAT(static_cast<std::uint16_t>(pair)), high = TO_FLOAT(static_cast<std::uint16_t>(pair >> 16));
@@ -70,6 +72,9 @@ void multiply_lanes(Block&, Warp& warp, std::uint32_t) {
   for (int lane = 0; lane < 32; lane++) {
     const int group = lane / 4, pair = lane % 4 * 2;
     auto& x = *static_cast<MultiplyArgument*>(warp.lanes[lane].argument);
+    block.check(warp.lanes[lane], x.a, 16, Use::read, x.place);
+    block.check(warp.lanes[lane], x.b, 8, Use::read, x.place);
+    block.check(warp.lanes[lane], x.d, 16, Use::write, x.place);
     for (int i = 0; i < 4; i++) {
       const int row = group + i % 2 * 8, column = pair + i / 2 * 8;
       unpack(x.a[i], a[row][column], a[row][column + 1]);
@@ -99,14 +104,14 @@ void ldmatrix(std::uint32_t* to, unsigned matrices, bool transposed, const void*
 
 void mma_bf16(float* d, const std::uint32_t* a, const std::uint32_t* b) {
   Thread& t = *current();
-  MultiplyArgument x{d, a, b};
-  t.block->rendezvous(t, MULTIPLY_BF16, ~0u, &x, __builtin_return_address(0));
+  MultiplyArgument x{d, a, b, __builtin_return_address(0)};
+  t.block->rendezvous(t, MULTIPLY_BF16, ~0u, &x, x.place);
 }
 
 void mma_f16(float* d, const std::uint32_t* a, const std::uint32_t* b) {
   Thread& t = *current();
-  MultiplyArgument x{d, a, b};
-  t.block->rendezvous(t, MULTIPLY_F16, ~0u, &x, __builtin_return_address(0));
+  MultiplyArgument x{d, a, b, __builtin_return_address(0)};
+  t.block->rendezvous(t, MULTIPLY_F16, ~0u, &x, x.place);
 }
 
 }  // namespace emulator

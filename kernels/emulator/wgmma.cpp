@@ -1,7 +1,9 @@
 // wgmma.mma_async m64nNk16: A from shared memory or registers, B from shared memory, both K-major, any swizzle.
 //
-// Nothing happens before the wait that covers an operation: until then its accumulators are NaN, and its operands can still
-// be spoiled. The four warps of a group each compute their 16 rows.
+// Nothing happens before the wait that covers an operation: until then its accumulators are NaN, its operands can still be
+// spoiled, and its registers, which are words of the thread's stack here, are nobody else's. The four warps of a group each
+// compute their 16 rows.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -9,6 +11,40 @@
 #include "device.h"
 
 namespace emulator {
+
+void Registers::fence() {
+  if (touched_.empty()) touched_.resize(STACK_BYTES / 4);
+  if (now_ == 0 || now_ == UINT16_MAX) std::fill(touched_.begin(), touched_.end(), 0), now_ = 0;
+  now_++;
+}
+
+void Registers::touch(std::size_t offset, std::size_t bytes) {
+  for (std::size_t word = offset / 4; word * 4 < offset + bytes && word < touched_.size(); word++) touched_[word] = now_;
+}
+
+bool Registers::touched(std::size_t offset, std::size_t bytes) const {
+  for (std::size_t word = offset / 4; word * 4 < offset + bytes; word++)
+    if (touched_[word] == now_) return true;
+  return false;
+}
+
+void Block::check_registers(Thread& t, const void* address, std::size_t bytes, bool write, Place place) {
+  auto* begin = static_cast<const char*>(address);
+  auto meets = [&](const void* registers, std::size_t size) {
+    auto* first = static_cast<const char*>(registers);
+    return begin < first + size && first < begin + bytes;
+  };
+  for (auto& m : t.multiplies.pending) {
+    const bool sums = meets(m.d, m.n / 2 * sizeof(float));
+    if (!sums && !(write && m.from && meets(m.from, sizeof m.registers))) continue;
+    fail([&](std::string& s) {
+      append(s, "%s %s %s of the wgmma that it started at %s before it waited for it, at %s", name(t).c_str(), write ? "writes" : "reads",
+             sums ? "an accumulator" : "operand A", describe(m.place).c_str(), describe(place).c_str());
+    });
+  }
+  t.multiplies.registers.touch(begin - static_cast<const char*>(t.context.low), bytes);
+}
+
 namespace {
 
 constexpr int K = 16;
@@ -39,10 +75,48 @@ void load_rows(Block& block, Thread& t, std::uint64_t descriptor, int first, int
   for (int r = 0; r < rows; r++) {
     for (int half = 0; half < 2; half++) {
       const char* from = arena + operand.chunk(first + r, half);
-      block.check(t, from, 16, false, false, place);
+      block.check(t, from, 16, Use::read, place);
       std::uint16_t bits[8];
       std::memcpy(bits, from, 16);
       for (int i = 0; i < 8; i++) to[r][half * 8 + i] = bf16_to_float(bits[i]);
+    }
+  }
+}
+
+// What is wrong with an operand as it is when the instruction is issued: `rows` rows from `first`.
+void check_operand(Block& block, Thread& t, std::uint64_t descriptor, int first, int rows, Place place) {
+  const Operand operand(descriptor);
+  auto fail = [&](auto&& say) {
+    block.fail([&](std::string& s) {
+      append(s, "%s starts a wgmma at %s: its operand at byte %u of shared memory ", Block::name(t).c_str(), describe(place).c_str(),
+             operand.start);
+      say(s);
+    });
+  };
+  if (operand.swizzle && operand.start % (8 * operand.swizzle) >= operand.swizzle) {
+    fail([&](std::string& s) {
+      append(s, "is swizzled over %u bytes, and is not in the first row of a pattern, which repeats after %u bytes", operand.swizzle,
+             8 * operand.swizzle);
+    });
+  }
+  if (descriptor >> 49 & 7) fail([](std::string& s) { s += "has a base offset, which is not emulated"; });
+  const char* arena = static_cast<const char*>(block.shared.dynamic());
+  for (int r = first; r < first + rows; r++) {
+    for (int half = 0; half < 2; half++) {
+      const char* from = arena + operand.chunk(r, half);
+      if (!block.shared.covers(from + 15)) continue;  // out of bounds, as its reading will say
+      if (const Written* w = block.shared.unfenced(from, 16, t.linear)) {
+        fail([&](std::string& s) {
+          append(s, "was written by %s at %s, and no fence.proxy.async is between", Block::name(block.threads[w->thread]).c_str(),
+                 describe(w->place).c_str());
+        });
+      }
+      const int swizzle = block.shared.swizzle(from);
+      if (swizzle >= 0 && swizzle != static_cast<int>(operand.swizzle)) {
+        fail([&](std::string& s) {
+          append(s, "is described with a swizzle of %u bytes, and a tensor copy has brought it with one of %d", operand.swizzle, swizzle);
+        });
+      }
     }
   }
 }
@@ -60,7 +134,7 @@ void execute(Block& block, Warp& warp, std::size_t which) {
   // Not on the fiber's stack, which is small; no other fiber of this host thread runs before the end.
   static thread_local float a[16][K], rows[256][K], b[K][256], d[16][256];
   const int n = first.n;
-  if (!first.from_registers) load_rows(block, warp.lanes[0], first.a, warp.lanes[0].linear / WARP % 4 * 16, 16, a, first.place);
+  if (!first.from) load_rows(block, warp.lanes[0], first.a, warp.lanes[0].linear / WARP % 4 * 16, 16, a, first.place);
   load_rows(block, warp.lanes[0], first.b, 0, n, rows, first.place);
   for (int j = 0; j < n; j++)
     for (int k = 0; k < K; k++) b[k][j] = rows[j][k];
@@ -69,7 +143,7 @@ void execute(Block& block, Warp& warp, std::size_t which) {
     for (unsigned lane = 0; lane < WARP; lane++) {
       AsyncMultiply& m = warp.lanes[lane].multiplies.pending[which];
       for (int i = 0; i < n / 2; i++) each(m, i, d[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2]);
-      if (!first.from_registers) continue;
+      if (!first.from) continue;
       for (int i = 0; i < 8; i++) {
         const std::uint16_t bits = m.registers[i / 2] >> i % 2 * 16;
         a[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2] = bf16_to_float(bits);
@@ -92,7 +166,7 @@ void finish_operations(Block& block, Warp& warp, std::uint32_t) {
     bool agree = static_cast<WaitArgument*>(warp.lanes[lane].argument)->operations == n;
     for (std::size_t i = 0; agree && i < n; i++) {
       const AsyncMultiply &x = warp.lanes[0].multiplies.pending[i], &y = warp.lanes[lane].multiplies.pending[i];
-      agree = x.n == y.n && x.a == y.a && x.b == y.b && x.accumulate == y.accumulate && x.from_registers == y.from_registers;
+      agree = x.n == y.n && x.a == y.a && x.b == y.b && x.accumulate == y.accumulate && !x.from == !y.from;
     }
     if (agree) continue;
     block.fail([&](std::string& s) {
@@ -120,11 +194,33 @@ const Collective WAIT = {"wgmma.wait_group", finish_operations, true};
 void wgmma(float* d, unsigned n, const std::uint32_t* registers, std::uint64_t a, std::uint64_t b, bool accumulate) {
   Place place = __builtin_return_address(0);
   Thread& t = *current();
-  AsyncMultiply m{d, static_cast<int>(n), registers != nullptr, accumulate, a, b, {}, {}, place};
+  const Registers& touched = t.multiplies.registers;
+  const auto offset = [&](const void* p) { return static_cast<std::size_t>(static_cast<const char*>(p) - static_cast<const char*>(t.context.low)); };
+  const char* unfenced = nullptr;
+  if (!touched.fenced()) unfenced = "no wgmma.fence is before the block's first";
+  else if (touched.touched(offset(d), n / 2 * sizeof(float))) unfenced = "its accumulators were touched after the last wgmma.fence";
+  else if (registers && touched.touched(offset(registers), 16)) unfenced = "operand A was written after the last wgmma.fence";
+  if (unfenced) {
+    t.block->fail([&](std::string& s) {
+      append(s, "%s starts a wgmma at %s: %s", Block::name(t).c_str(), describe(place).c_str(), unfenced);
+    });
+  }
+  if (t.lane == 0) {
+    if (!registers) check_operand(*t.block, t, a, t.linear / WARP % 4 * 16, 16, place);
+    check_operand(*t.block, t, b, 0, n, place);
+  }
+  AsyncMultiply m{d, static_cast<int>(n), registers, accumulate, a, b, {}, {}, place};
   if (registers) std::memcpy(m.registers, registers, sizeof m.registers);
   std::memcpy(m.before, d, n / 2 * sizeof(float));  // of use to the first operation on these accumulators
   t.multiplies.pending.push_back(m);
   for (unsigned i = 0; i < n / 2; i++) d[i] = NAN;
+}
+
+void wgmma_fence() { current()->multiplies.registers.fence(); }
+
+void fence_proxy_async() {
+  Thread& t = *current();
+  t.block->shared.order.proxy_fence(t.linear);
 }
 
 void wgmma_commit() {

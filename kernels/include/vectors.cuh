@@ -44,7 +44,7 @@ __device__ __forceinline__ void store4(bf16* to, uint32_t pair) {
 #ifdef __CUDACC__
   *reinterpret_cast<uint32_t*>(to) = pair;
 #else
-  std::memcpy(to, &pair, sizeof pair);
+  emulator::store4(to, pair);
 #endif
 }
 
@@ -52,9 +52,7 @@ __device__ __forceinline__ uint32_t load4(const bf16* from) {
 #ifdef __CUDACC__
   return *reinterpret_cast<const uint32_t*>(from);
 #else
-  uint32_t pair;
-  std::memcpy(&pair, from, sizeof pair);
-  return pair;
+  return emulator::load4(from);
 #endif
 }
 

@@ -21,6 +21,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* p, int swizzle,
 __device__ __forceinline__ void wgmma_fence() {
 #ifdef __CUDACC__
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  emulator::wgmma_fence();
 #endif
 }
 
@@ -45,6 +47,8 @@ __device__ __forceinline__ void wgmma_wait_group() {
 __device__ __forceinline__ void fence_proxy_async() {
 #ifdef __CUDACC__
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  emulator::fence_proxy_async();
 #endif
 }
 

@@ -17,7 +17,7 @@ linear_bias_gradient_parts(const bf16* dy,  // [m, n]
   SHARED(float, sums, [LANES][COLUMNS]);
   const int vector = threadIdx.x % VECTORS * 8, lane = threadIdx.x / VECTORS, column = blockIdx.x * COLUMNS + vector;
   const int first = blockIdx.y * ROWS, end = first + ROWS < m ? first + ROWS : m;
-  const bool aligned = n % 8 == 0;
+  const bool aligned = n % 8 == 0 && aligned16(dy);
   float sum[8] = {};
 #pragma unroll 4
   for (int r = first + lane; r < end; r += LANES) {

@@ -1,6 +1,6 @@
 //! What a command computes on.
 
-use crate::device::{Device, has_card, usable_card};
+use crate::device::{Device, Injected, has_card, usable_card};
 use crate::model::Config;
 use crate::train::RunConfig;
 use crate::train::config::{Place, Run};
@@ -54,7 +54,7 @@ pub(super) fn reason(e: &Error) -> String {
 pub(super) fn open(run: &Run) -> Result<Device> {
     match run.device {
         Place::Cuda => Device::cuda(0),
-        Place::Emulated => Device::emulated(run.seed),
+        Place::Emulated => Device::emulated_failing(run.seed, 90, Injected::asked()?),
         // What it is here has been settled before.
         Place::Cpu | Place::Auto => Ok(Device::cpu(run.threads)),
     }

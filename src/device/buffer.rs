@@ -200,6 +200,11 @@ impl Buffer {
         self.storage.ptr.as_ptr().wrapping_add(self.offset * self.dtype.size())
     }
 
+    /// The largest power of two of bytes, at most 256, at a multiple of which the buffer begins.
+    pub(crate) fn alignment(&self) -> usize {
+        1 << (self.address() as usize | 256).trailing_zeros()
+    }
+
     /// Asserts that the host may look at the memory.
     fn on_host(&self) {
         assert!(matches!(self.storage.place, Place::Host(_)), "the host touches a GPU's memory");

@@ -4,9 +4,11 @@
 //! were not waited for, accesses out of bounds. Each becomes an [`Error`] that names kernel, block, threads and places.
 //! Shared and fresh device memory is NaN; warps run in an order that comes from a seed.
 
-use super::gpu::{Arg, Launch, TensorMap};
+use super::gpu::{Arg, Launch};
+use super::tensor_map::{TensorMap, check_boxes};
 use super::{Buffer, DType, Element, matmul};
 use crate::{Error, Result};
+use std::ffi::CStr;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -163,13 +165,9 @@ impl Emulator {
     /// What stands for a `CUtensorMap`. `size` and `region` (the box) in elements, the innermost dimension first, two or three of them; `swizzle` in bytes.
     ///
     /// # Errors
-    /// [`Error::Internal`] when the memory is no such tensor. What the hardware refuses besides is an error of the launch.
+    /// [`Error::Internal`] when the memory is no such tensor, or the hardware copies no such boxes.
     pub fn tensor_map(&self, memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> Result<TensorMap> {
-        let n = size.iter().try_fold(1usize, |n, &s| n.checked_mul(s));
-        let fits = memory.dtype() == DType::BF16 && n.is_some_and(|n| n <= memory.len());
-        if !fits || !(2..=3).contains(&size.len()) || region.len() != size.len() {
-            return Err(Error::internal(format!("boxes of {region:?} in a tensor of {size:?} in {memory:?}")));
-        }
+        check_boxes(memory, size, region, swizzle)?;
         let at = |i: usize| size.get(i).map_or(1, |&s| s as u64);
         let side = |i: usize| region.get(i).copied().unwrap_or(1);
         Ok(TensorMap::opaque(bytemuck::cast(EmulatedMap {
@@ -195,7 +193,7 @@ impl Emulator {
                 _ => std::ptr::from_ref(scalar),
             })
             .collect();
-        let types: Vec<&'static std::ffi::CStr> = args.iter().map(Arg::type_name).collect();
+        let types: Vec<&'static CStr> = args.iter().map(Arg::type_name).collect();
         ffi::run(kernel, shape, self.seed, self.workers, &types, &values).map_err(Error::internal)
     }
 }
@@ -210,8 +208,22 @@ pub(super) fn release(memory: NonNull<u8>) {
     ffi::release(memory.as_ptr());
 }
 
+/// That arguments have the types of a kernel's parameters, as far as this program knows them: where it has the emulator.
+///
+/// # Errors
+/// [`Error::Internal`] with both.
+pub(super) fn check_arguments(kernel: &str, args: &[Arg<'_>]) -> Result<()> {
+    let Some(types) = ffi::parameters(kernel) else { return Ok(()) };
+    let given: Vec<&CStr> = args.iter().map(Arg::type_name).collect();
+    if types == given {
+        return Ok(());
+    }
+    let list = |types: &[&CStr]| types.iter().map(|t| t.to_string_lossy()).collect::<Vec<_>>().join(", ");
+    Err(Error::internal(format!("kernel {kernel} takes ({}), not ({})", list(&types), list(&given))))
+}
+
 impl Arg<'_> {
-    fn type_name(&self) -> &'static std::ffi::CStr {
+    fn type_name(&self) -> &'static CStr {
         let pointer = |dtype: DType| match dtype {
             DType::F32 => c"f32*",
             DType::BF16 => c"bf16*",
@@ -256,6 +268,7 @@ mod ffi {
     unsafe extern "C" {
         fn varft_emulator_allocate(bytes: usize) -> *mut c_void;
         fn varft_emulator_release(memory: *mut c_void);
+        fn varft_emulator_parameters(kernel: *const c_char) -> *const *const c_char;
         fn varft_emulator_run(launch: *const RawLaunch, message: *mut c_char, capacity: usize) -> c_int;
     }
 
@@ -267,6 +280,24 @@ mod ffi {
     pub(super) fn release(memory: *mut u8) {
         // SAFETY: it came from `allocate`, and its only owner is being dropped.
         unsafe { varft_emulator_release(memory.cast()) }
+    }
+
+    /// The types of a kernel's parameters; `None`: there is no such kernel.
+    pub(super) fn parameters(kernel: &str) -> Option<Vec<&'static CStr>> {
+        let name = CString::new(kernel).ok()?;
+        // SAFETY: a list of strings that live as long as the program, and a null pointer after the last.
+        unsafe {
+            let mut next = varft_emulator_parameters(name.as_ptr());
+            let mut types = Vec::new();
+            if next.is_null() {
+                return None;
+            }
+            while !(*next).is_null() {
+                types.push(CStr::from_ptr(*next));
+                next = next.add(1);
+            }
+            Some(types)
+        }
     }
 
     pub(super) fn run(
@@ -313,6 +344,10 @@ mod ffi {
 
     pub(super) fn release(_: *mut u8) {}
 
+    pub(super) fn parameters(_: &str) -> Option<Vec<&'static CStr>> {
+        None
+    }
+
     pub(super) fn run(_: &str, _: Launch, _: u64, _: u32, _: &[&'static CStr], _: &[*const u64]) -> Result<(), String> {
         Err("this program was built without the CUDA emulator".into())
     }
@@ -321,6 +356,17 @@ mod ffi {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn arguments_are_checked_against_the_kernels_own() {
+        let (pointer, n) = (Arg::Null(DType::BF16), Arg::Len(1));
+        let swiglu = [pointer, pointer, n, n];
+        assert!(check_arguments("swiglu_forward", &swiglu).is_ok() && check_arguments("no_such_kernel", &[]).is_ok());
+        if cfg!(emulator) {
+            let said = check_arguments("swiglu_forward", &swiglu[1..]).unwrap_err().to_string();
+            assert!(said.contains("takes (bf16*, bf16*, i32, i32), not (bf16*, i32, i32)"), "{said}");
+        }
+    }
 
     #[test]
     fn an_emulator_is_there_or_says_what_is_missing() {

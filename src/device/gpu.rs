@@ -3,8 +3,12 @@
 //! A GPU keeps the first failure of a launch, of whatever stream: what is submitted after it does nothing, and every
 //! wait returns it. So ops can launch without asking, and no result is ever read that a failed launch should have made.
 
+use super::card::{Card, Driver};
 use super::cuda::{self, Cuda};
 use super::emulated::Emulator;
+use super::fault::Fault;
+use super::graph::{Capture, Graph, Kept, Step};
+use super::tensor_map::TensorMap;
 use super::{Buffer, DType, Element};
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -33,19 +37,6 @@ impl Launch {
     /// The same with dynamic shared memory.
     pub fn shared(self, bytes: usize) -> Launch {
         Launch { shared_bytes: bytes, ..self }
-    }
-}
-
-/// A tensor of bf16 elements, rows without gaps, and the box of it that one copy of the tensor memory accelerator moves: a
-/// `CUtensorMap`, or the fields of the emulator's (`kernels/emulator/tensor_map.h`).
-#[repr(C, align(128))]
-#[derive(Clone, Copy, Debug)]
-pub struct TensorMap([u64; 16]);
-
-impl TensorMap {
-    /// What a driver has encoded.
-    pub(super) fn opaque(words: [u64; 16]) -> TensorMap {
-        TensorMap(words)
     }
 }
 
@@ -84,6 +75,15 @@ impl<'a> Arg<'a> {
         }
     }
 
+    /// Bytes of the parameter.
+    pub(super) fn size(&self) -> usize {
+        match self {
+            Arg::Buffer(_) | Arg::Null(_) | Arg::U64(_) => 8,
+            Arg::I32(_) | Arg::Len(_) | Arg::U32(_) | Arg::F32(_) => 4,
+            Arg::TensorMap(_) => size_of::<TensorMap>(),
+        }
+    }
+
     /// A pointer to the buffer's first element, or null where there is none.
     pub fn maybe(buffer: Option<&'a Buffer>, dtype: DType) -> Arg<'a> {
         buffer.map_or(Arg::Null(dtype), Arg::Buffer)
@@ -95,96 +95,6 @@ impl<'a> Arg<'a> {
     }
 }
 
-/// What runs the kernels.
-pub(super) enum Driver {
-    Cuda(Arc<Cuda>),
-    Emulated(Emulator),
-}
-
-/// A failure, to be told as often as somebody waits.
-#[derive(Clone)]
-enum Failure {
-    Limit { what: String, mend: String },
-    Internal(String),
-}
-
-impl From<Failure> for Error {
-    fn from(failure: Failure) -> Error {
-        match failure {
-            Failure::Limit { what, mend } => Error::limit(what, mend),
-            Failure::Internal(what) => Error::internal(what),
-        }
-    }
-}
-
-/// What all streams of a GPU share.
-pub(super) struct Card {
-    pub driver: Driver,
-    failure: Mutex<Option<Failure>>,
-    gauge: Arc<AtomicUsize>,
-}
-
-impl Card {
-    pub fn new(driver: Driver, gauge: Arc<AtomicUsize>) -> Card {
-        Card { driver, failure: Mutex::default(), gauge }
-    }
-
-    /// The first failure, if there was one.
-    pub fn check(&self) -> Result<()> {
-        match &*self.failure.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(failure) => Err(failure.clone().into()),
-            None => Ok(()),
-        }
-    }
-
-    /// Runs `work` unless something has failed, and keeps its failure.
-    fn run<T>(&self, work: impl FnOnce(&Driver) -> Result<T>) -> Option<T> {
-        self.check().ok()?;
-        work(&self.driver).map_err(|e| self.keep(e)).ok()
-    }
-
-    fn keep(&self, e: Error) {
-        let failure = match e {
-            Error::Limit { what, mend } => Failure::Limit { what, mend },
-            Error::Internal(what) => Failure::Internal(what),
-            e => Failure::Internal(e.to_string()),
-        };
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(failure);
-    }
-
-    /// Memory holding anything (on the emulated GPU every byte is 0xFF). Where there is not enough, a buffer of nothing stands
-    /// for it, the failure is kept, and so nothing that would touch it runs.
-    pub fn alloc(&self, dtype: DType, len: usize) -> Buffer {
-        let made = match &self.driver {
-            Driver::Cuda(cuda) => Buffer::cuda(cuda, dtype, len, self.gauge.clone()),
-            Driver::Emulated(_) => Buffer::emulated(dtype, len, self.gauge.clone()),
-        };
-        made.unwrap_or_else(|| {
-            self.keep(Error::limit(
-                format!("the GPU has no memory for {len} more elements of {dtype:?}"),
-                "lower rollout.kv_cache_mib, rollout.vision_cache_mib or optim.micro_batch_tokens, or use a smaller model",
-            ));
-            Buffer::nowhere(dtype, len, self.gauge.clone())
-        })
-    }
-
-    /// The architecture that kernels are chosen for.
-    pub fn sm(&self) -> u32 {
-        match &self.driver {
-            Driver::Cuda(cuda) => cuda.sm(),
-            Driver::Emulated(emulator) => emulator.sm(),
-        }
-    }
-
-    /// Bytes of its memory that are free, as far as it tells.
-    pub fn free_bytes(&self) -> Option<u64> {
-        match &self.driver {
-            Driver::Cuda(cuda) => cuda.free_bytes(),
-            Driver::Emulated(_) => None,
-        }
-    }
-}
-
 /// A stream of a GPU, as ops launch on it. Work runs in the order of submission.
 pub struct Gpu {
     card: Arc<Card>,
@@ -192,56 +102,27 @@ pub struct Gpu {
     queue: Option<Arc<cuda::Queue>>,
     workspace: Mutex<Option<Buffer>>,
     launches: AtomicUsize,
-    /// Between the ends of a capture; what the emulated GPU has captured.
-    capture: Mutex<Option<Vec<Captured>>>,
+    /// What has been launched since a capture began, while there is one.
+    capture: Mutex<Option<Capture>>,
 }
 
-/// Launches in their order, to be submitted together again and again: see [`Stream::capture`](super::Stream::capture).
-pub struct Graph {
-    /// `None` where it could not be made, which is kept.
-    made: Option<Made>,
-    /// The workspace that its launches use. Their other buffers are whoever's who replays it.
-    _workspace: Option<Buffer>,
+/// A capture under way. However it ends, with a panic or after a failure, the stream runs again what is submitted to it.
+struct Capturing<'a> {
+    gpu: &'a Gpu,
+    begun: bool,
 }
 
-enum Made {
-    Cuda(cuda::Graph),
-    Emulated(Vec<Captured>),
-}
-
-/// What the emulated GPU does when a graph is replayed.
-enum Captured {
-    Launch(String, Launch, Vec<Kept>),
-    Fill(Buffer, u8),
-}
-
-/// An argument for later.
-enum Kept {
-    Buffer(Buffer),
-    TensorMap(TensorMap),
-    Plain(Arg<'static>),
-}
-
-impl Kept {
-    fn new(arg: &Arg<'_>) -> Kept {
-        match *arg {
-            Arg::Buffer(b) => Kept::Buffer(b.clone()),
-            Arg::TensorMap(map) => Kept::TensorMap(*map),
-            Arg::Null(dtype) => Kept::Plain(Arg::Null(dtype)),
-            Arg::I32(v) => Kept::Plain(Arg::I32(v)),
-            Arg::Len(n) => Kept::Plain(Arg::Len(n)),
-            Arg::U32(v) => Kept::Plain(Arg::U32(v)),
-            Arg::U64(v) => Kept::Plain(Arg::U64(v)),
-            Arg::F32(v) => Kept::Plain(Arg::F32(v)),
-        }
+impl Capturing<'_> {
+    fn end(&mut self) -> (Capture, Option<cuda::Graph>) {
+        let capture = self.gpu.capturing().take().unwrap_or_default();
+        let begun = std::mem::take(&mut self.begun);
+        (capture, self.gpu.queue.as_ref().filter(|_| begun).and_then(|queue| queue.end_capture()))
     }
+}
 
-    fn arg(&self) -> Arg<'_> {
-        match self {
-            Kept::Buffer(b) => Arg::Buffer(b),
-            Kept::TensorMap(map) => Arg::TensorMap(map),
-            Kept::Plain(arg) => *arg,
-        }
+impl Drop for Capturing<'_> {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -259,31 +140,47 @@ impl Gpu {
     }
 
     /// Submits work that no graph can hold.
-    fn submit<T>(
+    fn submit_outside_graphs<T>(
         &self,
+        kind: Fault,
+        what: &str,
         cuda: impl FnOnce(&Arc<cuda::Queue>, &Cuda) -> Result<T>,
         emulated: impl FnOnce(&Emulator) -> Result<T>,
     ) -> Option<T> {
         if self.capturing().is_some() {
             self.refuse(Error::internal("a copy or a wait amid launches that are being captured"));
         }
-        self.submit_any(cuda, emulated)
+        self.submit(kind, what, cuda, emulated)
     }
 
-    fn capturing(&self) -> MutexGuard<'_, Option<Vec<Captured>>> {
+    fn capturing(&self) -> MutexGuard<'_, Option<Capture>> {
         self.capture.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Submits work, unless something has failed: `cuda` to the card's queue, or `emulated`.
-    fn submit_any<T>(
+    /// Whether launches are being captured, and if so, takes note of one.
+    fn note(&self, note: impl FnOnce(&mut Capture)) -> bool {
+        self.capturing().as_mut().map(note).is_some()
+    }
+
+    /// Submits work, unless something has failed: `cuda` to the card's queue, or `emulated`. `kind`: what fails where it is a
+    /// fault that was asked for, in doing `what`.
+    fn submit<T>(
         &self,
+        kind: Fault,
+        what: &str,
         cuda: impl FnOnce(&Arc<cuda::Queue>, &Cuda) -> Result<T>,
         emulated: impl FnOnce(&Emulator) -> Result<T>,
     ) -> Option<T> {
         self.card.run(|driver| match (driver, &self.queue) {
             (Driver::Cuda(card), Some(queue)) => cuda(queue, card),
             (Driver::Cuda(_), None) => Err(Error::internal("a stream that could not be made")),
-            (Driver::Emulated(emulator), _) => emulated(emulator),
+            (Driver::Emulated(emulator), _) => {
+                if kind == Fault::Copy {
+                    self.card.meet(Fault::PageLocked, what)?;
+                }
+                self.card.meet(kind, what)?;
+                emulated(emulator)
+            }
         })
     }
 
@@ -297,15 +194,12 @@ impl Gpu {
             let what = format!("kernel {kernel} is asked for {n} elements, rows or columns at once");
             self.refuse(Error::limit(what, "use smaller batches: kernels count to 2147483647"));
         }
-        self.submit_any(
+        let captured = self.note(|capture| capture.steps.push(Step::launch(kernel, shape, args)));
+        self.submit(
+            Fault::Launch,
+            &format!("launch {kernel}"),
             |queue, _| queue.launch(kernel, shape, args),
-            |emulator| match &mut *self.capturing() {
-                Some(captured) => {
-                    captured.push(Captured::Launch(kernel.into(), shape, args.iter().map(Kept::new).collect()));
-                    Ok(())
-                }
-                None => self.emulate(emulator, kernel, shape, args),
-            },
+            |emulator| if captured { Ok(()) } else { self.emulate(emulator, kernel, shape, args) },
         );
     }
 
@@ -317,45 +211,52 @@ impl Gpu {
 
     /// Makes a graph of what `work` launches; it does not run.
     pub(super) fn capture(&self, work: impl FnOnce()) -> Graph {
-        let begun = self.submit(|queue, _| queue.begin_capture(), |_| Ok(()));
-        *self.capturing() = Some(Vec::new());
+        let begin = |queue: &Arc<cuda::Queue>, _: &Cuda| queue.begin_capture();
+        let begun = self.submit_outside_graphs(Fault::Launch, "begin a graph", begin, |_| Ok(())).is_some();
+        let mut capturing = Capturing { gpu: self, begun };
+        *self.capturing() = Some(Capture::default());
         work();
-        let captured = self.capturing().take().unwrap_or_default();
-        let made = begun.and_then(|()| {
-            self.submit(|queue, _| queue.end_capture().map(Made::Cuda), |_| Ok(Made::Emulated(captured)))
-        });
-        let workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        Graph { made, _workspace: workspace }
+        let (capture, made) = capturing.end();
+        Graph { card: self.card.clone(), capture, made }
     }
 
     /// Submits the launches of a graph.
     pub(super) fn replay(&self, graph: &Graph) {
-        self.submit(
-            |queue, _| match &graph.made {
-                Some(Made::Cuda(graph)) => queue.replay(graph),
-                _ => Err(Error::internal("a graph of another device")),
-            },
-            |emulator| match &graph.made {
-                Some(Made::Emulated(captured)) => captured.iter().try_for_each(|captured| match captured {
-                    Captured::Launch(kernel, shape, args) => {
-                        let args: Vec<Arg<'_>> = args.iter().map(Kept::arg).collect();
-                        self.emulate(emulator, kernel, *shape, &args)
-                    }
-                    Captured::Fill(memory, byte) => emulator.fill(memory, *byte),
-                }),
-                _ => Err(Error::internal("a graph of another device")),
-            },
-        );
+        if !Arc::ptr_eq(&self.card, &graph.card) {
+            return self.refuse(Error::internal("a graph of another device"));
+        }
+        if let Some(made) = &graph.made {
+            let none = |_: &Emulator| Err(Error::internal("a graph of a card"));
+            self.submit_outside_graphs(Fault::Launch, "launch a graph", |queue, _| queue.replay(made), none);
+            return;
+        }
+        for step in &graph.capture.steps {
+            match step {
+                Step::Launch(kernel, shape, args) => {
+                    let args: Vec<Arg<'_>> = args.iter().map(Kept::arg).collect();
+                    self.launch(kernel, *shape, &args);
+                }
+                Step::Fill(memory, byte) => self.fill(memory, *byte),
+            }
+        }
+    }
+
+    /// Bytes of the stream's workspace.
+    pub(super) fn workspace_bytes(&self) -> usize {
+        self.workspace.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Buffer::len)
     }
 
     /// Boxes of a bf16 tensor for [`Arg::TensorMap`]: `size` and `region` (the box) in elements, the innermost dimension first, two
     /// or three of them; `swizzle` in bytes. A failure surfaces at the next wait.
     pub(crate) fn tensor_map(&self, memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> TensorMap {
-        let made = self.submit_any(
+        self.note(|capture| capture.described.push(memory.clone()));
+        let made = self.submit(
+            Fault::Launch,
+            "describe a tensor",
             |_, card| card.tensor_map(memory, size, region, swizzle),
             |emulator| emulator.tensor_map(memory, size, region, swizzle),
         );
-        made.unwrap_or(TensorMap([0; 16]))
+        made.unwrap_or(TensorMap::opaque([0; 16]))
     }
 
     /// Submits `c = op(a) b`, or `+=` where it accumulates: `a` bf16 `[m, k]`, or `[k, m]` where it is transposed, `b` bf16
@@ -392,7 +293,9 @@ impl Gpu {
         let (rows, row) = if transposed { (k, m) } else { (m, k) };
         let fits = stride >= row && a.len() >= (rows - 1) * stride + row && b.len() >= k * n && c.len() >= m * n;
         assert!(fits, "a product [{m}, {n}, {k}] of {a:?} (rows {stride} apart) and {b:?} in {c:?}");
-        self.submit(
+        self.submit_outside_graphs(
+            Fault::Launch,
+            "multiply",
             |queue, card| card.matmul(queue, a, stride, transposed, b, c, shape, accumulate),
             |emulator| emulator.matmul(a, stride, transposed, b, c, shape, accumulate),
         );
@@ -406,7 +309,7 @@ impl Gpu {
         let all: usize = bytes.iter().sum();
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
         if workspace.as_ref().is_none_or(|w| w.len() < all) {
-            *workspace = None; // given back first
+            *workspace = None; // given back first, unless a graph holds it
             *workspace = Some(self.card.alloc(DType::U8, all));
         }
         let whole = workspace.get_or_insert_with(|| self.card.alloc(DType::U8, 0)).clone();
@@ -421,6 +324,27 @@ impl Gpu {
             start += next.next().unwrap_or(0);
             part
         })
+    }
+
+    /// The first `len` elements, at a multiple of 16 bytes: as they are, or moved to this stream's workspace.
+    pub(crate) fn aligned(&self, b: &Buffer, len: usize) -> Buffer {
+        if b.alignment() >= 16 {
+            return b.clone();
+        }
+        let [moved] = self.scratch([(b.dtype(), len)]);
+        self.copy(&b.view(0, len), &moved);
+        moved
+    }
+
+    /// Whether all of the buffers begin at multiples of `bytes`, as kernels that say so need it. Where not, the stream keeps that
+    /// as its failure.
+    pub(crate) fn require_alignment(&self, bytes: usize, buffers: &[&Buffer]) -> bool {
+        let off = buffers.iter().find(|b| b.alignment() < bytes);
+        if let Some(b) = off {
+            let what = format!("{b:?} begins at a multiple of {} bytes, and its kernel needs {bytes}", b.alignment());
+            self.refuse(Error::internal(what));
+        }
+        off.is_none()
     }
 
     /// Keeps a failure before anything is submitted.
@@ -444,12 +368,19 @@ impl Gpu {
     pub(super) fn write<T: Element>(&self, to: &Buffer, data: &[T]) {
         assert_eq!(T::DTYPE, to.dtype(), "a buffer written as another type");
         let data = bytemuck::cast_slice(data);
-        self.submit(|queue, _| queue.write(to, data), |emulator| emulator.upload(data, to));
+        self.submit_outside_graphs(
+            Fault::Copy,
+            "copy to it",
+            |queue, _| queue.write(to, data),
+            |emulator| emulator.upload(data, to),
+        );
     }
 
     pub(super) fn read<T: Element>(&self, from: &Buffer) -> Coming<T> {
         assert_eq!(T::DTYPE, from.dtype(), "a buffer read as another type");
-        let coming = self.submit(
+        let coming = self.submit_outside_graphs(
+            Fault::Copy,
+            "copy from it",
             |queue, _| queue.read(from).map(Coming::Staged),
             |emulator| {
                 let mut values = vec![T::zeroed(); from.len()];
@@ -461,35 +392,47 @@ impl Gpu {
     }
 
     pub(super) fn copy(&self, from: &Buffer, to: &Buffer) {
-        self.submit(|queue, _| queue.copy(from, to), |emulator| emulator.copy(from, to));
+        let (cuda, emulated) =
+            (|queue: &Arc<cuda::Queue>, _: &Cuda| queue.copy(from, to), |e: &Emulator| e.copy(from, to));
+        self.submit_outside_graphs(Fault::Copy, "copy within it", cuda, emulated);
     }
 
     pub(super) fn fill(&self, b: &Buffer, byte: u8) {
-        self.submit_any(
+        let captured = self.note(|capture| capture.steps.push(Step::Fill(b.clone(), byte)));
+        self.submit(
+            Fault::Launch,
+            "fill memory",
             |queue, _| queue.fill(b, byte),
-            |emulator| match &mut *self.capturing() {
-                Some(captured) => {
-                    captured.push(Captured::Fill(b.clone(), byte));
-                    Ok(())
-                }
-                None => emulator.fill(b, byte),
-            },
+            |emulator| if captured { Ok(()) } else { emulator.fill(b, byte) },
         );
     }
 
     /// Waits for all that was submitted.
     pub(super) fn synchronize(&self) -> Result<()> {
-        self.submit(|queue, _| queue.synchronize(), |_| Ok(()));
+        self.submit_outside_graphs(Fault::Lost, "finish its work", |queue, _| queue.synchronize(), |_| Ok(()));
+        self.card.check()
+    }
+
+    /// Marks this point of the queue; nothing to mark where everything runs at submission.
+    pub(super) fn mark(&self) -> Option<cuda::Mark> {
+        self.submit_outside_graphs(Fault::Lost, "mark its work", |queue, _| queue.mark().map(Some), |_| Ok(None))
+            .flatten()
+    }
+
+    /// Waits for what was submitted before a mark.
+    pub(super) fn wait_for(&self, mark: Option<&cuda::Mark>) -> Result<()> {
+        if let Some(mark) = mark {
+            self.card.run(|_| mark.wait());
+        }
         self.card.check()
     }
 
     /// Seconds of what `work` submits, by the card's clock; on the emulated GPU by the host's.
     pub(super) fn time(&self, work: impl FnOnce()) -> Result<f64> {
         let begun = Instant::now();
-        let mark = || self.submit(|queue, _| queue.mark().map(Some), |_| Ok(None)).flatten();
-        let first = mark();
+        let first = self.mark();
         work();
-        let seconds = match (first, mark()) {
+        let seconds = match (first, self.mark()) {
             (Some(first), Some(last)) => self.card.run(|_| last.since(&first)),
             _ => Some(begun.elapsed().as_secs_f64()),
         };
@@ -513,7 +456,7 @@ pub(super) enum Coming<T> {
     /// Given already.
     Here(Vec<T>),
     /// On their way.
-    Staged(cuda::Staged),
+    Staged(cuda::Staged<T>),
 }
 
 #[cfg(all(test, emulator))]
@@ -580,7 +523,6 @@ mod tests {
             s.zero(&to);
             rows::put(s, 2, &index, None, &from, &to);
         });
-        let graph = graph.unwrap();
         s.write(&to, &[9u32; 3]);
         assert_eq!(now(&to), [9, 9, 9], "capturing runs nothing");
         for values in [[7u32, 8], [1, 2]] {
@@ -588,7 +530,23 @@ mod tests {
             s.replay(&graph);
             assert_eq!(now(&to), [values[1], 0, values[0]]);
         }
-        assert!(Device::cpu(1).stream().capture(|_| unreachable!()).is_none());
+        assert!(!Device::cpu(1).stream().has_graphs());
+    }
+
+    #[test]
+    fn a_graph_keeps_what_it_uses_and_a_capture_that_panics_ends() {
+        let d = Device::emulated(1).unwrap();
+        let (s, b) = (d.stream(), d.alloc(DType::U32, 1000));
+        let graph = s.capture(|s| s.zero(&b));
+        let held = d.allocated_bytes();
+        drop(b);
+        assert_eq!(d.allocated_bytes(), held);
+        s.replay(&graph);
+        drop(graph);
+        assert_eq!(d.allocated_bytes(), 0);
+        let panics = std::panic::AssertUnwindSafe(|| s.capture(|_| panic!("amid a capture")));
+        assert!(std::panic::catch_unwind(panics).is_err());
+        assert_eq!(s.read::<u32>(&d.upload(&[7u32])).wait().unwrap(), [7]);
     }
 
     #[test]

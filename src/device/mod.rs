@@ -9,26 +9,34 @@
 //! Ops match on [`Stream::backend`] and launch for the backend they find; nothing above `ops` does.
 
 mod buffer;
+mod card;
 mod cuda;
 #[doc(hidden)] // for the emulator's own tests
 pub mod emulated;
+mod fault;
 mod gpu;
+mod graph;
 mod inputs;
 mod matmul;
 mod pool;
 mod stream;
+mod tensor_map;
 
 pub use buffer::{Buffer, DType, Element};
 pub use cuda::{CardInfo, architectures, has_card, has_driver, usable_card};
-pub use gpu::{Arg, Gpu, Graph, Launch, TensorMap};
+#[doc(hidden)] // for tests
+pub use fault::{Fault, Injected};
+pub use gpu::{Arg, Gpu, Launch};
+pub use graph::Graph;
 pub use inputs::{Input, Inputs};
 pub use pool::{Pool, SendPtr};
 pub use stream::{Event, Pending, Stream};
+pub use tensor_map::TensorMap;
 
 use crate::{Error, Result};
+use card::{Card, Driver};
 use cuda::Cuda;
 use emulated::Emulator;
-use gpu::{Card, Driver};
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},
@@ -126,11 +134,20 @@ impl Device {
     /// # Errors
     /// As [`emulated`](Self::emulated); [`Error::Input`] for another architecture.
     pub fn emulated_as(seed: u64, sm: u32) -> Result<Device> {
+        Self::emulated_failing(seed, sm, None)
+    }
+
+    /// The same, with a fault to come: for tests of what is above.
+    ///
+    /// # Errors
+    /// As [`emulated_as`](Self::emulated_as).
+    #[doc(hidden)]
+    pub fn emulated_failing(seed: u64, sm: u32, fault: Option<Arc<Injected>>) -> Result<Device> {
         if ![80, 90].contains(&sm) {
             return Err(Error::input(format!("there are no kernels for sm_{sm}"), "use 80 or 90"));
         }
         let allocated = Arc::<AtomicUsize>::default();
-        let card = Card::new(Driver::Emulated(Emulator::new(seed)?.with_sm(sm)), allocated.clone());
+        let card = Card::new(Driver::Emulated(Emulator::new(seed)?.with_sm(sm)), allocated.clone()).with_fault(fault);
         Ok(Device { inner: Arc::new(Inner { kind: Kind::gpu(card), allocated }) })
     }
 

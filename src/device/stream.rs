@@ -1,3 +1,4 @@
+use super::cuda::Mark;
 use super::gpu::Coming;
 use super::{Backend, Buffer, DType, Device, Element, Gpu, Graph, Kind, Pool};
 use crate::{Error, Result};
@@ -120,7 +121,8 @@ impl Stream {
     /// Submits a read of `b`; the values come with [`Pending::wait`].
     pub fn read<T: Element>(&self, b: &Buffer) -> Pending<T> {
         if let Queue::Gpu(gpu) = &*self.queue {
-            return Pending { coming: Values::Gpu(gpu.read(b)), event: self.record() };
+            let event = Event { stream: self.clone(), at: 0, mark: None };
+            return Pending { coming: Values::Gpu(gpu.read(b)), event };
         }
         let slot: Arc<Mutex<Vec<T>>> = Arc::default();
         let (to, b) = (slot.clone(), b.clone());
@@ -164,17 +166,18 @@ impl Stream {
     }
 
     /// Makes a graph of what `work` launches on this stream: kernels, and nothing that copies between host and device or waits.
-    /// It does not run; [`replay`](Self::replay) runs it, on the buffers that `work` named, which must live until then. The
-    /// kernels must have run before, with no smaller workspace. `None`, and nothing done, on the host's cores, where a launch
-    /// costs as much either way.
-    pub fn capture(&self, work: impl FnOnce(&Stream)) -> Option<Graph> {
+    /// It does not run; [`replay`](Self::replay) runs it, on the buffers that `work` named.
+    ///
+    /// # Panics
+    /// On the host's cores, where a launch costs as much either way: see [`has_graphs`](Self::has_graphs).
+    pub fn capture(&self, work: impl FnOnce(&Stream)) -> Graph {
         match &*self.queue {
-            Queue::Gpu(gpu) => Some(gpu.capture(|| work(self))),
-            _ => None,
+            Queue::Gpu(gpu) => gpu.capture(|| work(self)),
+            _ => panic!("a graph on the host's cores"),
         }
     }
 
-    /// Submits the launches of a graph that this stream has captured.
+    /// Submits the launches of a graph that a stream of this device has captured. Its workspace is that stream's: the two take turns.
     ///
     /// # Panics
     /// On the host's cores, which give no graphs.
@@ -185,13 +188,23 @@ impl Stream {
         }
     }
 
+    /// Bytes of the workspace that ops on a GPU's stream share: it grows with what they need, and graphs hold what it was when they
+    /// were captured.
+    pub(crate) fn workspace_bytes(&self) -> usize {
+        match &*self.queue {
+            Queue::Gpu(gpu) => gpu.workspace_bytes(),
+            _ => 0,
+        }
+    }
+
     /// Marks this point of the queue.
     pub fn record(&self) -> Event {
-        let at = match &*self.queue {
-            Queue::Immediate(..) | Queue::Gpu(_) => 0,
-            Queue::Deferred(q, _) => q.lock().unwrap_or_else(|e| e.into_inner()).submitted,
+        let (at, mark) = match &*self.queue {
+            Queue::Immediate(..) => (0, None),
+            Queue::Gpu(gpu) => (0, gpu.mark().map(Arc::new)),
+            Queue::Deferred(q, _) => (q.lock().unwrap_or_else(|e| e.into_inner()).submitted, None),
         };
-        Event { stream: self.clone(), at }
+        Event { stream: self.clone(), at, mark }
     }
 
     /// Seconds from the moment when the device comes to what `work` submits to this stream until it has done it, by the device's
@@ -215,7 +228,10 @@ impl Stream {
     /// # Errors
     /// The first failure of what was submitted, on a GPU of any stream.
     pub fn synchronize(&self) -> Result<()> {
-        self.record().wait()
+        match &*self.queue {
+            Queue::Gpu(gpu) => gpu.synchronize(),
+            _ => self.record().wait(),
+        }
     }
 }
 
@@ -223,16 +239,18 @@ impl Stream {
 #[derive(Clone)]
 pub struct Event {
     stream: Stream,
+    /// Work submitted before it, on a deferred queue.
     at: u64,
+    /// Of a card's queue.
+    mark: Option<Arc<Mark>>,
 }
 
 impl Event {
-    /// Waits until everything submitted before this point has run; on a GPU, also for what was submitted since. Errors of the
-    /// device surface here.
+    /// Waits until everything submitted before this point has run. Errors of the device surface here.
     pub fn wait(&self) -> Result<()> {
         let (q, pool) = match &*self.stream.queue {
             Queue::Immediate(..) => return Ok(()),
-            Queue::Gpu(gpu) => return gpu.synchronize(),
+            Queue::Gpu(gpu) => return gpu.wait_for(self.mark.as_deref()),
             Queue::Deferred(q, pool) => (q, pool),
         };
         let mut q = q.lock().map_err(|_| Error::internal("a launch panicked on this stream"))?;

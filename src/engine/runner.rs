@@ -62,6 +62,7 @@ impl Lists {
 struct Decoding {
     /// What it reads: where the lists lie elsewhere it is of no use.
     ids: Buffer,
+    /// `None`: so many rows have been decoded once.
     graph: Option<Graph>,
 }
 
@@ -94,6 +95,8 @@ pub(super) struct Runner {
     most: usize,
     /// By the number of rows.
     graphs: HashMap<usize, Decoding>,
+    /// Of the stream's workspace, when the graphs were captured.
+    workspace_bytes: usize,
     replays: u64,
 }
 
@@ -127,6 +130,7 @@ impl Runner {
             logprobs: d.zeros(DType::F32, most),
             most: most.min(limits.step_tokens),
             graphs: HashMap::new(),
+            workspace_bytes: 0,
             replays: 0,
             model,
         }
@@ -196,23 +200,25 @@ impl Runner {
     /// [`compute`](Self::compute) of `n` rows that decode. The first step of a size is submitted launch by launch, so that the kernels
     /// are loaded and the workspace is as large as it must be; the second makes the graph that all others replay.
     fn decode(&mut self, lists: &Lists, n: usize) {
-        let ids = &self.batch.ids;
-        let met = self.graphs.get(&n).filter(|d| d.ids.overlaps(ids));
-        match met {
-            Some(Decoding { graph: Some(graph), .. }) => {
-                self.stream.replay(graph);
-                self.replays += 1;
-            }
+        let (s, ids) = (&self.stream, &self.batch.ids);
+        let workspace = s.workspace_bytes();
+        if std::mem::replace(&mut self.workspace_bytes, workspace) != workspace {
+            self.graphs.clear(); // they hold the one before
+        }
+        match self.graphs.get(&n).filter(|d| d.ids.overlaps(ids)) {
+            Some(Decoding { graph: Some(graph), .. }) => s.replay(graph),
             Some(_) => {
-                let graph = self.stream.capture(|s| self.compute(s, lists, n));
-                graph.iter().for_each(|graph| self.stream.replay(graph));
-                self.graphs.insert(n, Decoding { ids: ids.clone(), graph });
+                let graph = s.capture(|s| self.compute(s, lists, n));
+                s.replay(&graph);
+                self.graphs.insert(n, Decoding { ids: ids.clone(), graph: Some(graph) });
             }
             None => {
-                self.compute(&self.stream, lists, n);
+                self.compute(s, lists, n);
                 self.graphs.insert(n, Decoding { ids: ids.clone(), graph: None });
+                return;
             }
         }
+        self.replays += 1;
     }
 
     /// Whether a step is best submitted before the one before it is read: where it does not run in the call itself.

@@ -5,7 +5,7 @@ use super::layer::{self, LayerActs, LayerShape, Rope};
 use super::params::{LayerParams, TextParams};
 use crate::device::{Buffer, DType, Device, Input, Inputs, Stream};
 use crate::ops::attention::{self, Segments};
-use crate::ops::embedding::Table;
+use crate::ops::embedding::{NO_TOKEN, Table};
 use crate::ops::kv_cache::{self, KvCache, KvLayer};
 use crate::ops::linear::{self, Epilogue};
 use crate::ops::{embedding, rms_norm, rope, rows};
@@ -121,6 +121,22 @@ pub struct StepBatch {
     pub(super) copies: Vec<(usize, usize, Buffer)>,
     inputs: Inputs,
     limits: StepLimits,
+    reach: Reach,
+}
+
+/// One more than the largest index of each kind in a step: a GPU does not check what it reads from memory.
+#[derive(Clone, Copy, Default)]
+struct Reach {
+    ids: usize,
+    slots: usize,
+    pages: usize,
+    image_rows: usize,
+    image_sources: usize,
+}
+
+/// One more than the largest.
+fn reach(indices: impl Iterator<Item = u32>) -> usize {
+    indices.max().map_or(0, |i| i as usize + 1)
 }
 
 impl StepBatch {
@@ -162,6 +178,7 @@ impl StepBatch {
             copies: Vec::new(),
             inputs,
             limits: *limits,
+            reach: Reach::default(),
         }
     }
 
@@ -202,9 +219,18 @@ impl StepBatch {
             assert!(row < segments && index < stride, "{e:?} in {segments} block tables of {stride} pages");
             (row * stride + index) as u32
         };
+        let reach_of = |indices: &[u32]| reach(indices.iter().copied());
+        self.reach = Reach {
+            ids: reach(input.ids.iter().copied().filter(|&id| id != NO_TOKEN)),
+            slots: reach_of(&input.slots),
+            // The tables keep what earlier steps have put there.
+            pages: self.reach.pages.max(reach(input.table_changes.iter().map(|e| e.page))),
+            image_rows: reach_of(&input.image_rows),
+            image_sources: reach_of(&input.image_sources),
+        };
         let i = &mut self.inputs;
         i.clear();
-        let ids = i.put(input.ids.iter().copied(), rows, embedding::NO_TOKEN);
+        let ids = i.put(input.ids.iter().copied(), rows, NO_TOKEN);
         let axis = |axis: &Vec<u32>| axis.iter().copied().chain(std::iter::repeat_n(0, rows - t)).collect::<Vec<_>>();
         let positions = i.put(input.positions.iter().flat_map(axis), 3 * rows, 0);
         let slots = i.put(input.slots.iter().copied(), rows, kv_cache::NO_SLOT);
@@ -279,8 +305,11 @@ pub(super) fn embed(
     x: &Buffer,
 ) {
     let h = c.hidden_size;
+    assert!(b.reach.ids <= c.vocab_size, "token {} of a vocabulary of {}", b.reach.ids - 1, c.vocab_size);
     embedding::forward(s, &b.ids, table(p), x, b.tokens, h);
     if let (Some(vision), true) = (vision, b.images > 0) {
+        let there = b.reach.image_rows <= b.tokens && b.reach.image_sources * h <= vision.len();
+        assert!(there, "an image's row past the {} tokens, or from past the end of {vision:?}", b.tokens);
         rows::gather(s, vision, &b.image_sources, scratch, b.images, h);
         rows::scatter(s, scratch, &b.image_rows, x, b.images, h);
     }
@@ -324,6 +353,9 @@ pub(super) fn layer(
     a: &LayerActs,
     out: Option<&Buffer>,
 ) {
+    let (Reach { slots, pages, .. }, blocks) = (b.reach, cache.blocks);
+    let there = slots <= blocks * kv_cache::BLOCK && pages <= blocks;
+    assert!(there, "slots up to {slots} and pages up to {pages} of a cache of {blocks} pages");
     layer::before_rope(s, shape, p, x, a, b.tokens);
     let tokens = shape.kv_tokens(&a.qkv, &b.slots, b.tokens);
     kv_cache::rotate_and_write(s, kv, cache, tokens, shape.heads, &rope.cos, &rope.sin);
@@ -378,4 +410,46 @@ pub(super) fn logits(
 ) {
     rows::gather(s, hidden, index, &ws.last, n, c.hidden_size);
     linear::forward(s, &ws.last, &p.head, Epilogue::None, out, n);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{LoadOptions, Model, Preset};
+
+    #[test]
+    fn a_step_that_points_outside_is_refused_before_it_is_launched() {
+        let d = Device::cpu(1);
+        let model = Model::random(Preset::Tiny.config(), 1, &d, &LoadOptions::default()).unwrap();
+        let limits = StepLimits { tokens: 2, segments: 1, blocks_per_segment: 1, logits: 1 };
+        let (ws, cache) = (Workspace::new(&model.config, &d, &limits), model.kv_cache(2));
+        let vision = d.zeros(d.float(), model.config.hidden_size);
+        let refused = |change: fn(&mut StepInput)| {
+            let mut input = StepInput {
+                ids: vec![1, NO_TOKEN],
+                slots: vec![32, 33],
+                image_rows: vec![1],
+                image_sources: vec![0],
+                cu_seqlens_q: vec![0, 2],
+                kv_lens: vec![2],
+                table_rows: vec![0],
+                table_changes: vec![TableEntry { row: 0, index: 0, page: 1 }],
+                ..StepInput::default()
+            };
+            input.positions.iter_mut().for_each(|p| p.extend([0, 1]));
+            change(&mut input);
+            let mut step = StepBatch::new(&d, &limits);
+            step.upload(&d.stream(), &input);
+            let forward = || model.forward(&d.stream(), &step, &cache, Some(&vision), &ws);
+            let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(forward)).err()?;
+            Some(crate::error::panic_message(&*panic).to_string())
+        };
+        assert_eq!(refused(|_| ()), None);
+        let said = |change| refused(change).unwrap();
+        assert!(said(|i| i.ids[0] = 1 << 20).contains("token 1048576 of a vocabulary of"));
+        assert!(said(|i| i.slots[0] = 64).contains("slots up to 65"));
+        assert!(said(|i| i.table_changes[0].page = 2).contains("pages up to 3 of a cache of 2 pages"));
+        assert!(said(|i| i.image_rows[0] = 2).contains("an image's row past the 2 tokens"));
+        assert!(said(|i| i.image_sources[0] = 1).contains("from past the end"));
+    }
 }

@@ -107,7 +107,7 @@ pub fn forward(s: &Stream, pixels: &Buffer, images: &[Geometry], normalize: &Nor
     let patches = check(pixels, images);
     assert!(out.len() >= patches * w.n, "an output of [{patches}, {}]", w.n);
     if let Backend::Gpu(gpu) = s.backend() {
-        if patches * w.n > 0 {
+        if patches * w.n > 0 && gpu.require_alignment(8, &[&w.data]) {
             let [table] = gpu.scratch([(DType::U32, 3 * images.len())]);
             write_table(s, images, &table);
             let sizes = [images.len(), patches, w.n].map(Arg::len);

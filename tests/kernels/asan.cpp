@@ -1,4 +1,4 @@
-// All of the emulator and the kernels in one program for AddressSanitizer; tests/emulator.rs builds and runs it.
+// All of the emulator and the kernels in one program for AddressSanitizer; tests/emulator/ builds and runs it.
 #include "emulator/access.cpp"
 #include "emulator/async_copy.cpp"
 #include "emulator/atomics.cpp"

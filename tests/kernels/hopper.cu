@@ -1,4 +1,4 @@
-// mbarriers and tensor copies; tests/emulator.rs knows what each must compute. For sm_90 and later.
+// mbarriers and tensor copies; tests/emulator/ knows what each must compute. For sm_90 and later.
 #include "include/ptx.cuh"
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

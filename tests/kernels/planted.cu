@@ -1,4 +1,4 @@
-// Kernels with one mistake each. tests/emulator.rs finds the lines by the marks at their ends.
+// Kernels with one mistake each. tests/emulator/ finds the lines by the marks at their ends.
 #include "include/ptx.cuh"
 #include "include/vectors.cuh"
 
@@ -112,7 +112,8 @@ KERNEL(wait_without_barrier, 64);
 GLOBAL void past_static(float* out) {
   SHARED(float, values, [32]);
   volatile int one = 1;
-  values[threadIdx.x + one] = 1.0f;  // MARK past-static
+  float* from = values;  // of the array itself the compiler knows the end
+  from[threadIdx.x + one] = 1.0f;  // MARK past-static
   __syncthreads();
   out[threadIdx.x] = values[threadIdx.x];
 }
@@ -160,9 +161,73 @@ GLOBAL void too_much_shared(float* out) {
 }
 KERNEL(too_much_shared, 32);
 
-// A thread's own array: only AddressSanitizer sees its ends.
+// A thread's own array.
 GLOBAL void past_local(const int* index, float* out) {
   float values[4] = {1.0f, 2.0f, 3.0f, 4.0f};
-  out[threadIdx.x] = values[index[threadIdx.x]];
+  out[threadIdx.x] = values[index[threadIdx.x]];  // MARK past-local
 }
 KERNEL(past_local, 32);
+
+GLOBAL void copy_at_exit(const float* in, float* out) {
+  SHARED(float, values, [32]);
+  cp_async<4>(&values[threadIdx.x], &in[threadIdx.x]);  // MARK exit-copy
+  out[threadIdx.x] = 1.0f;
+}
+KERNEL(copy_at_exit, 32);
+
+GLOBAL void misaligned_pair(const bf16* in, float* out) {
+  out[0] = low_float(load4(in + 1));  // MARK misaligned-pair
+}
+KERNEL(misaligned_pair, 1);
+
+GLOBAL void blocks_write(int* out) {
+  out[threadIdx.x] = blockIdx.x;  // MARK blocks-write
+}
+KERNEL(blocks_write, 32);
+
+// Block 0 writes what block 1 reads.
+GLOBAL void blocks_read_and_write(int* values, int* out) {
+  if (blockIdx.x == 0) values[threadIdx.x] = threadIdx.x;  // MARK blocks-writer
+  else out[threadIdx.x] = values[threadIdx.x];             // MARK blocks-reader
+}
+KERNEL(blocks_read_and_write, 32);
+
+// One block counts, the other looks.
+GLOBAL void blocks_update_and_read(unsigned* counter, unsigned* out) {
+  if (blockIdx.x == 0) atomicAdd(counter, 1u);  // MARK blocks-update
+  else out[threadIdx.x] = counter[0];           // MARK blocks-look
+}
+KERNEL(blocks_update_and_read, 32);
+
+// What blocks may do: read the same, write halves of a word, write over what they have read themselves, count together, and
+// count by themselves and look.
+GLOBAL void no_race_of_blocks(const float* in, bf16* halves, float* own, unsigned* counter, unsigned* counters) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i % 2) halves[i] = to_bf16(to_float(halves[i]) + in[threadIdx.x % 32]);
+  own[i] += in[threadIdx.x % 32];
+  atomicAdd(counter, 1u);
+  atomicAdd(&counters[blockIdx.x], 1u);
+  __syncthreads();
+  if (threadIdx.x == 0) counters[blockIdx.x] += 1;
+}
+KERNEL(no_race_of_blocks, 33);
+
+GLOBAL void address_of(const float* in, unsigned long long* out) { out[0] = reinterpret_cast<unsigned long long>(in); }
+KERNEL(address_of, 1);
+
+GLOBAL void read_address(unsigned long long address, float* out) {
+  out[threadIdx.x] = *reinterpret_cast<const float*>(address);  // MARK read-address
+}
+KERNEL(read_address, 1);
+
+// What C++ leaves undefined; `which` says what.
+GLOBAL void undefined(const int* large, float* out, int which) {
+  int x = large[0];
+  if (which == 0) x += large[0];                             // MARK undefined-sum
+  if (which == 1) x *= large[0];                             // MARK undefined-product
+  if (which == 2) x /= large[1];                             // MARK undefined-quotient
+  if (which == 3) x <<= large[2];                            // MARK undefined-shift
+  if (which == 4) x = static_cast<int>(large[0] * 1e3f);     // MARK undefined-conversion
+  out[threadIdx.x] = x;
+}
+KERNEL(undefined, 1);

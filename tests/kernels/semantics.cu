@@ -1,4 +1,4 @@
-// One kernel for each part of the execution model; tests/emulator.rs knows what each must compute.
+// One kernel for each part of the execution model; tests/emulator/ knows what each must compute.
 #include "include/ptx.cuh"
 
 // out[i] = block and thread of i, packed: the order of indices in three dimensions.
@@ -77,6 +77,7 @@ GLOBAL void early_exit(int* out) {
 }
 KERNEL(early_exit, 128);
 
+// Every thread leaves a number in counters[3], and adds the one that it finds to counters[4].
 GLOBAL void atomics(unsigned* counters, float* sum, unsigned* largest, unsigned long long* wide) {
   SHARED(unsigned, local, [1]);
   if (threadIdx.x == 0) local[0] = 0;
@@ -86,11 +87,12 @@ GLOBAL void atomics(unsigned* counters, float* sum, unsigned* largest, unsigned 
   atomicAdd(sum, 0.5f);
   atomicMax(largest, blockIdx.x * 1000 + threadIdx.x);
   atomicAdd(wide, 1ull << 32);
-  for (unsigned seen = counters[1];;) {
+  for (unsigned seen = 0;;) {
     const unsigned before = atomicCAS(&counters[1], seen, seen + 3);
     if (before == seen) break;
     seen = before;
   }
+  atomicAdd(&counters[4], atomicExch(&counters[3], 1u + threadIdx.x));
   __syncthreads();
   if (threadIdx.x == 0) atomicAdd(&counters[2], local[0]);
 }

@@ -18,9 +18,8 @@ __device__ __forceinline__ uint64_t columns(const unsigned char* operand, int k,
   return wgmma_descriptor(operand + k / (swizzle / 2) * rows * swizzle + k % (swizzle / 2) * 2, swizzle, 8 * swizzle);
 }
 
-// `early`: what the accumulators hold before the wait.
 template <int N>
-__device__ __forceinline__ void multiply(const bf16* a, const bf16* b, float* d, int swizzle, int registers, int early) {
+__device__ __forceinline__ void multiply(const bf16* a, const bf16* b, float* d, int swizzle, int registers) {
   DYNAMIC_SHARED(unsigned char, operands);
   unsigned char *a_shared = operands, *b_shared = operands + 64 * DEPTH * 2;
   for (int i = threadIdx.x; i < 64 * DEPTH; i += 128)
@@ -33,27 +32,23 @@ __device__ __forceinline__ void multiply(const bf16* a, const bf16* b, float* d,
   float sums[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; i++) sums[i] = 1000.0f;  // the first step overwrites it
+  unsigned ra[DEPTH / 16][4];
+#pragma unroll
+  for (int k = 0; k < DEPTH; k += 16)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      ra[k / 16][i] = *reinterpret_cast<const unsigned*>(a + (row + i % 2 * 8) * DEPTH + k + i / 2 * 8 + lane % 4 * 2);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < DEPTH; k += 16) {
     if (registers) {
-      unsigned ra[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        ra[i] = *reinterpret_cast<const unsigned*>(a + (row + i % 2 * 8) * DEPTH + k + i / 2 * 8 + lane % 4 * 2);
-      wgmma_fence();
-      wgmma_m64k16_bf16<N>(sums, ra, columns(b_shared, k, N, swizzle), k > 0);
+      wgmma_m64k16_bf16<N>(sums, ra[k / 16], columns(b_shared, k, N, swizzle), k > 0);
     } else {
       wgmma_m64k16_bf16<N>(sums, columns(a_shared, k, 64, swizzle), columns(b_shared, k, N, swizzle), k > 0);
     }
     wgmma_commit_group();
   }
   wgmma_wait_group<1>();
-  if (early) {
-    d[threadIdx.x] = sums[0];
-    wgmma_wait_group<0>();
-    return;
-  }
   wgmma_wait_group<0>();
 #pragma unroll
   for (int i = 0; i < N / 2; i++) d[(row + i / 2 % 2 * 8) * N + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i];
@@ -61,8 +56,8 @@ __device__ __forceinline__ void multiply(const bf16* a, const bf16* b, float* d,
 
 #define MULTIPLY(N)                                                                                                          \
   GLOBAL void __launch_bounds__(128)                                                                                         \
-  wgmma_##N(const bf16* a, const bf16* b, float* d, int swizzle, int registers, int early) {                                 \
-    multiply<N>(a, b, d, swizzle, registers, early);                                                                         \
+  wgmma_##N(const bf16* a, const bf16* b, float* d, int swizzle, int registers) {                                 \
+    multiply<N>(a, b, d, swizzle, registers);                                                                         \
   }                                                                                                                          \
   KERNEL(wgmma_##N, 128)
 MULTIPLY(8);

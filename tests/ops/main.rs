@@ -6,6 +6,7 @@
 #![cfg(emulator)]
 
 mod adamw;
+mod alignment;
 mod attention;
 mod cast;
 mod embedding;

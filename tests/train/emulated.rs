@@ -1,6 +1,6 @@
 //! A run with the CUDA kernels, from images to moved weights, on the emulated device and on a card where there is one.
 
-use super::school::{COMMON, ok, run_keys, school, text};
+use super::school::{COMMON, ok, run_keys, school, stderr, text, varft};
 use super::setting;
 use std::path::Path;
 use varft::report::read_metrics;
@@ -52,4 +52,40 @@ fn run(device: &str) {
     train(&parts, device, 1);
     ok(&["train", text(&parts), "--resume", "--set", "optim.steps=2"]);
     assert!(weights(&parts) == weights(&whole) && moments(&parts) == moments(&whole));
+}
+
+/// Faults of the GPU in the second step, of which the first is saved.
+#[test]
+fn a_run_that_the_gpu_fails_says_so_and_goes_on_from_its_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    train(&run, "emulated", 1);
+    let files = |what: &str| std::fs::read(run.join("checkpoints").join(what)).unwrap();
+    let saved = files("step-1/model.safetensors");
+    let faults = [
+        ("memory:40", "the GPU cannot give more memory", "rollout.kv_cache_mib"),
+        ("page-locked:100", "the system locks no more of the host's memory", "ulimit -l"),
+        ("launch:900", "the GPU cannot", "please report it"),
+        ("copy:250", "the GPU cannot copy", "please report it"),
+        ("lost:1500", "the GPU is lost", "Xid"),
+    ];
+    for (fault, what, mend) in faults {
+        let resume = ["train", text(&run), "--resume", "--set", "optim.steps=2"];
+        let o = varft().args(resume).env("VARFT_EMULATED_FAULT", fault).output().unwrap();
+        let said = stderr(&o);
+        assert_eq!(o.status.code(), Some(1), "{fault}: {said}");
+        assert!(said.contains(what) && said.contains(mend) && !said.contains("panicked"), "{fault}: {said}");
+        assert_eq!(
+            std::fs::read_dir(run.join("checkpoints")).unwrap().count(),
+            1,
+            "{fault}: half a checkpoint was left"
+        );
+        assert!(files("step-1/model.safetensors") == saved, "{fault}: the checkpoint has changed");
+    }
+    ok(&["train", text(&run), "--resume", "--set", "optim.steps=2"]);
+    let calm = dir.path().join("calm");
+    train(&calm, "emulated", 2);
+    for file in ["step-2/model.safetensors", "step-2/optimizer.safetensors"] {
+        assert!(files(file) == std::fs::read(calm.join("checkpoints").join(file)).unwrap(), "{file}");
+    }
 }

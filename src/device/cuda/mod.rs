@@ -5,9 +5,12 @@
 mod blas;
 mod queue;
 
-pub(super) use queue::{Graph, Queue, Staged};
+pub(super) use queue::{Graph, Mark, Queue, Staged};
 
-use super::gpu::{Launch, TensorMap};
+use super::emulated;
+use super::fault::{self, MEMORY_MEND};
+use super::gpu::{Arg, Launch};
+use super::tensor_map::{TensorMap, check_boxes};
 use super::{Buffer, DType};
 use crate::{Error, Result};
 use blas::Blas;
@@ -15,7 +18,7 @@ use cudarc::driver::sys::{CUcontext, CUdevice, CUdevice_attribute_enum as Attrib
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
 use std::ffi::CString;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The kernels of each file for every architecture that they are built for, and as PTX for later ones.
 mod built {
@@ -56,14 +59,94 @@ unsafe impl Send for Cuda {}
 // SAFETY: as above.
 unsafe impl Sync for Cuda {}
 
-#[derive(Clone, Copy)]
-struct Function(CUfunction);
+/// A kernel, and the bytes of each of its parameters.
+#[derive(Clone)]
+struct Function {
+    handle: CUfunction,
+    sizes: Arc<[usize]>,
+}
 // SAFETY: as `Cuda`.
 unsafe impl Send for Function {}
 
+impl Function {
+    /// That a launch has the kernel's parameters: so many, of these sizes, and of these types where the emulator was built, which
+    /// knows them. The driver takes what it needs from wherever it is pointed to.
+    fn check(&self, kernel: &str, args: &[Arg<'_>]) -> Result<()> {
+        let sizes = args.iter().map(Arg::size);
+        if !sizes.clone().eq(self.sizes.iter().copied()) {
+            let sizes: Vec<usize> = sizes.collect();
+            let what = format!("kernel {kernel} takes parameters of {:?} bytes, not of {sizes:?}", self.sizes);
+            return Err(Error::internal(what));
+        }
+        emulated::check_arguments(kernel, args)
+    }
+}
+
 /// An error of the driver's; `what` was being done.
 fn failed(what: &str, e: result::DriverError) -> Error {
-    Error::internal(format!("the CUDA driver cannot {what}: {e}"))
+    use sys::CUresult as E;
+    // Its name rather than its text, which only a driver that works could give.
+    let result::DriverError(e) = e;
+    match e {
+        E::CUDA_ERROR_OUT_OF_MEMORY => Error::limit(format!("the GPU has no memory to {what}"), MEMORY_MEND),
+        E::CUDA_ERROR_NO_BINARY_FOR_GPU
+        | E::CUDA_ERROR_INVALID_PTX
+        | E::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+        | E::CUDA_ERROR_JIT_COMPILER_NOT_FOUND
+        | E::CUDA_ERROR_INVALID_IMAGE => Error::limit(
+            format!("this program has no kernels for this card and driver: the driver cannot {what}: {e:?}"),
+            "install a newer driver, or build the program with a newer nvcc, or use the processor (--device cpu)",
+        ),
+        E::CUDA_ERROR_DEINITIALIZED
+        | E::CUDA_ERROR_NO_DEVICE
+        | E::CUDA_ERROR_DEVICE_UNAVAILABLE
+        | E::CUDA_ERROR_ECC_UNCORRECTABLE
+        | E::CUDA_ERROR_NVLINK_UNCORRECTABLE
+        | E::CUDA_ERROR_HARDWARE_STACK_ERROR
+        | E::CUDA_ERROR_OPERATING_SYSTEM
+        | E::CUDA_ERROR_CONTEXT_IS_DESTROYED
+        | E::CUDA_ERROR_LAUNCH_TIMEOUT
+        | E::CUDA_ERROR_LAUNCH_FAILED
+        | E::CUDA_ERROR_SYSTEM_NOT_READY
+        | E::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
+        | E::CUDA_ERROR_EXTERNAL_DEVICE
+        | E::CUDA_ERROR_UNKNOWN => fault::lost(what, format!("{e:?}")),
+        _ => Error::internal(format!("the CUDA driver cannot {what}, or something before it failed: {e:?}")),
+    }
+}
+
+/// That a driver that speaks so new a CUDA runs these kernels.
+fn check_driver(version: i32) -> Result<()> {
+    if version >= DRIVER {
+        return Ok(());
+    }
+    let (major, minor) = (version / 1000, version % 1000 / 10);
+    Err(Error::limit(
+        format!("NVIDIA's driver is too old: it speaks CUDA {major}.{minor}, and 13.0 is needed"),
+        "install driver 580 or later, or use the processor (--device cpu)",
+    ))
+}
+
+/// That a card of that compute capability runs them.
+fn check_card(name: &str, major: i32, minor: i32) -> Result<()> {
+    if 10 * major + minor >= FIRST_SM {
+        return Ok(());
+    }
+    Err(Error::limit(
+        format!("{name} is too old: its compute capability is {major}.{minor}, and 8.0 is needed"),
+        "use a card of the Ampere generation or later, or the processor (--device cpu)",
+    ))
+}
+
+/// That there are kernels in this program.
+fn check_built(fatbins: &[(&str, &[u8])]) -> Result<()> {
+    if !fatbins.is_empty() {
+        return Ok(());
+    }
+    Err(Error::limit(
+        "this program was built without nvcc, so it has no kernels for a GPU",
+        "build it where nvcc 13 is on the PATH (or NVCC names it), or use the processor (--device cpu)",
+    ))
 }
 
 /// What the kernels in this program are built for: machine code of architectures (`sm_80`), and intermediate code from which the
@@ -88,17 +171,8 @@ fn driver() -> Result<i32> {
     }
     let mut version = 0;
     // SAFETY: one int is written.
-    let asked = unsafe { sys::cuDriverGetVersion(&mut version) };
-    if asked.result().is_err() || version < DRIVER {
-        return Err(Error::limit(
-            format!(
-                "NVIDIA's driver is too old: it speaks CUDA {}.{}, and 13.0 is needed",
-                version / 1000,
-                version % 1000 / 10
-            ),
-            "install driver 580 or later, or use the processor (--device cpu)",
-        ));
-    }
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(|e| failed("tell its version", e))?;
+    check_driver(version)?;
     result::init().map_err(|e| {
         Error::limit(
             format!("NVIDIA's driver does not start: {e}"),
@@ -133,12 +207,7 @@ pub fn usable_card(ordinal: usize) -> Result<CardInfo> {
 
 /// Card `ordinal`, if the kernels run on it.
 fn find(ordinal: usize) -> Result<(CUdevice, CardInfo)> {
-    if built::FATBINS.is_empty() {
-        return Err(Error::limit(
-            "this program was built without nvcc, so it has no kernels for a GPU",
-            "build it where nvcc 13 is on the PATH (or NVCC names it), or use the processor (--device cpu)",
-        ));
-    }
+    check_built(built::FATBINS)?;
     let version = driver()?;
     let count = result::device::get_count().map_err(|e| failed("count its cards", e))?;
     let device = i32::try_from(ordinal).ok().filter(|&o| o < count);
@@ -157,12 +226,7 @@ fn find(ordinal: usize) -> Result<(CUdevice, CardInfo)> {
     let major = ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
     let minor = ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
     let capability = 10 * major + minor;
-    if capability < FIRST_SM {
-        return Err(Error::limit(
-            format!("{name} is too old: its compute capability is {major}.{minor}, and 8.0 is needed"),
-            "use a card of the Ampere generation or later, or the processor (--device cpu)",
-        ));
-    }
+    check_card(&name, major, minor)?;
     let multiprocessors = ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
     let info = CardInfo { name, capability: capability as u32, multiprocessors, memory: (0, 0), driver: version };
     Ok((device, info))
@@ -224,10 +288,10 @@ impl Cuda {
     }
 
     /// The kernel of that name, allowed as much shared memory as a block may have.
-    fn function(&self, name: &str) -> Result<CUfunction> {
+    fn function(&self, name: &str) -> Result<Function> {
         let mut known = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(f) = known.get(name) {
-            return Ok(f.0);
+            return Ok(f.clone());
         }
         let symbol = CString::new(name).map_err(|_| Error::internal(format!("no kernel is named {name:?}")))?;
         let found = self.modules.iter().find_map(|&module| {
@@ -248,13 +312,21 @@ impl Cuda {
             result::function::set_function_attribute(f, F::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, room)
                 .map_err(|e| failed("give a kernel its shared memory", e))?;
         }
-        known.insert(name.into(), Function(f));
-        Ok(f)
+        let mut sizes = Vec::new();
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: two numbers are written. Past the last parameter the answer is an error.
+        while unsafe { sys::cuFuncGetParamInfo(f, sizes.len(), &mut offset, &mut size) }.result().is_ok() {
+            sizes.push(size);
+        }
+        let function = Function { handle: f, sizes: sizes.into() };
+        known.insert(name.into(), function.clone());
+        Ok(function)
     }
 
     /// The description of a tensor for the tensor memory accelerator: see [`TensorMap`].
     pub fn tensor_map(&self, memory: &Buffer, size: &[usize], region: &[u32], swizzle: u32) -> Result<TensorMap> {
         use sys::CUtensorMapSwizzle_enum as Swizzle;
+        check_boxes(memory, size, region, swizzle)?;
         self.enter()?;
         let swizzle = match swizzle {
             0 => Swizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
@@ -305,7 +377,7 @@ impl Cuda {
         let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
         let blas = match &mut *blas {
             Some(blas) => blas,
-            none => none.insert(Blas::new(self.allocate(blas::WORKSPACE))?),
+            none => none.insert(Blas::new(self)?),
         };
         blas.multiply(queue.raw(), a, stride, transposed, b, c, shape, accumulate)
     }
@@ -348,6 +420,45 @@ fn blas_type(dtype: DType) -> Result<cudarc::cublaslt::sys::cudaDataType_t> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_too_old_or_missing_is_said_with_what_to_do() {
+        let cases = [
+            (check_driver(12_080), "it speaks CUDA 12.8, and 13.0 is needed", "driver 580"),
+            (check_card("A card", 7, 5), "A card is too old: its compute capability is 7.5", "Ampere"),
+            (check_built(&[]), "built without nvcc", "NVCC names it"),
+        ];
+        for (said, what, mend) in cases {
+            let said = said.unwrap_err().to_string();
+            assert!(said.contains(what) && said.contains(mend) && said.contains("run.device=cpu"), "{said}");
+        }
+        assert!(check_driver(DRIVER).is_ok() && check_card("", 8, 0).is_ok() && check_built(&[("a", b"b")]).is_ok());
+    }
+
+    #[test]
+    fn a_driver_error_says_what_a_person_can_do() {
+        use sys::CUresult as E;
+        let said = |code| failed("load the kernels", result::DriverError(code)).to_string();
+        assert!(said(E::CUDA_ERROR_OUT_OF_MEMORY).contains("rollout.kv_cache_mib"));
+        assert!(said(E::CUDA_ERROR_NO_BINARY_FOR_GPU).contains("no kernels for this card"));
+        assert!(
+            said(E::CUDA_ERROR_ECC_UNCORRECTABLE).contains("the GPU is lost")
+                && said(E::CUDA_ERROR_UNKNOWN).contains("Xid")
+        );
+        assert!(said(E::CUDA_ERROR_ILLEGAL_ADDRESS).contains("please report"));
+    }
+
+    #[test]
+    fn a_launch_must_have_the_kernels_parameters() {
+        let function = Function { handle: std::ptr::null_mut(), sizes: [8, 4].into() };
+        let check = |args: &[Arg<'_>]| function.check("no_such_kernel", args);
+        check(&[Arg::Null(DType::F32), Arg::F32(1.0)]).unwrap();
+        check(&[Arg::U64(1), Arg::Len(1)]).unwrap();
+        for wrong in [&[Arg::U64(1)][..], &[Arg::U64(1); 2], &[Arg::U64(1), Arg::I32(1), Arg::I32(1)]] {
+            let said = check(wrong).unwrap_err().to_string();
+            assert!(said.contains("no_such_kernel takes parameters of [8, 4] bytes"), "{said}");
+        }
+    }
 
     #[test]
     fn a_machine_without_a_card_says_what_is_missing() {

@@ -1,5 +1,8 @@
 //! A stream of a card: launches and copies in order, through page-locked memory of the host, so that nobody waits for them.
+//!
+//! Page-locked memory is scarce: what is large goes through it in pieces, and a stream keeps little of it.
 
+use super::super::fault;
 use super::super::gpu::{Arg, Launch};
 use super::super::{Buffer, Element};
 use super::{Cuda, failed, shared_bytes};
@@ -10,6 +13,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// The smallest piece of page-locked memory.
 const LEAST: usize = 1 << 12;
+/// The largest; what is longer goes in several.
+const PIECE: usize = 16 << 20;
+/// How much of it a stream holds before it waits for the card to be done with some.
+const KEPT: usize = 64 << 20;
 
 /// An in-order queue of a card.
 pub(in crate::device) struct Queue {
@@ -49,17 +56,56 @@ impl Drop for Graph {
     }
 }
 
-/// A moment of the card's, on its own clock.
+/// Values on their way from the card.
+pub(in crate::device) struct Staged<T> {
+    queue: Arc<Queue>,
+    len: usize,
+    to: To<T>,
+}
+
+/// Where values go.
+enum To<T> {
+    /// There are none, or they have been taken.
+    Nowhere,
+    Locked(Block),
+    /// Too many to lock memory for.
+    Plain(Vec<T>, Mark),
+}
+
+/// A point of a queue, and the moment at which the card comes to it, on its own clock.
 pub(in crate::device) struct Mark {
     event: sys::CUevent,
     card: Arc<Cuda>,
 }
+// SAFETY: as `Cuda`.
+unsafe impl Send for Mark {}
+// SAFETY: as `Cuda`.
+unsafe impl Sync for Mark {}
 
-/// Values on their way from the card.
-pub(in crate::device) struct Staged {
-    block: Option<Block>,
-    queue: Arc<Queue>,
-    len: usize,
+impl Mark {
+    /// Waits until the card has come to this point.
+    pub fn wait(&self) -> Result<()> {
+        self.card.enter()?;
+        // SAFETY: the event lives.
+        unsafe { result::event::synchronize(self.event) }.map_err(|e| failed("finish its work", e))
+    }
+
+    /// Seconds from `earlier` to this point; waits for both.
+    pub fn since(&self, earlier: &Mark) -> Result<f64> {
+        self.wait()?;
+        // SAFETY: both events live, and the card has come to both.
+        let milliseconds = unsafe { result::event::elapsed(earlier.event, self.event) };
+        milliseconds.map(|ms| f64::from(ms) / 1e3).map_err(|e| failed("tell the time", e))
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        if self.card.enter().is_ok() {
+            // SAFETY: nobody waits for it any more.
+            let _ = unsafe { result::event::destroy(self.event) };
+        }
+    }
 }
 
 impl Queue {
@@ -75,7 +121,8 @@ impl Queue {
 
     pub fn launch(&self, kernel: &str, shape: Launch, args: &[Arg<'_>]) -> Result<()> {
         self.card.enter()?;
-        let f = self.card.function(kernel)?;
+        let function = self.card.function(kernel)?;
+        function.check(kernel, args)?;
         let scalars: Vec<u64> = args.iter().map(Arg::scalar).collect();
         let mut params: Vec<*mut c_void> = (args.iter().zip(&scalars))
             .map(|(arg, scalar)| match arg {
@@ -85,9 +132,10 @@ impl Queue {
             .collect();
         let three = |[x, y, z]: [u32; 3]| (x, y, z);
         let (grid, block) = (three(shape.grid), three(shape.block));
-        // SAFETY: the parameters are the kernel's: the emulator checks the same launches against the kernels' types. They are
-        // copied by the call.
-        let launched = unsafe { result::launch_kernel(f, grid, block, shared_bytes(shape)?, self.stream, &mut params) };
+        // SAFETY: the parameters are the kernel's, as has been checked. They are copied by the call.
+        let launched = unsafe {
+            result::launch_kernel(function.handle, grid, block, shared_bytes(shape)?, self.stream, &mut params)
+        };
         launched.map_err(|e| failed(&format!("launch {kernel} with {shape:?}"), e))
     }
 
@@ -107,38 +155,57 @@ impl Queue {
 
     /// Submits a copy of `data`, which is taken at the call.
     pub fn write(&self, to: &Buffer, data: &[u8]) -> Result<()> {
-        if data.is_empty() {
-            return Ok(());
-        }
         self.card.enter()?;
-        let block = self.take(data.len())?;
-        // SAFETY: the block has room, and the card is done with it.
-        let staged = unsafe {
-            block.host.cast::<u8>().copy_from_nonoverlapping(data.as_ptr(), data.len());
-            std::slice::from_raw_parts(block.host.cast::<u8>(), data.len())
-        };
-        // SAFETY: `to` has so many bytes; the block stays as it is until its event has passed.
-        let sent = unsafe { result::memcpy_htod_async(to.address() as u64, staged, self.stream) };
-        self.give(block, sent).map_err(|e| failed("copy to the card", e))
+        for (i, data) in data.chunks(PIECE).enumerate() {
+            let block = self.take(data.len())?;
+            // SAFETY: the block has room, and the card is done with it.
+            let staged = unsafe {
+                block.host.cast::<u8>().copy_from_nonoverlapping(data.as_ptr(), data.len());
+                std::slice::from_raw_parts(block.host.cast::<u8>(), data.len())
+            };
+            let at = to.address() as u64 + (i * PIECE) as u64;
+            // SAFETY: `to` has so many bytes; the block stays as it is until its event has passed.
+            let sent = unsafe { result::memcpy_htod_async(at, staged, self.stream) };
+            self.give(block, sent).map_err(|e| failed("copy to the card", e))?;
+        }
+        Ok(())
     }
 
     /// Submits a copy of `from` to the host.
-    pub fn read(self: &Arc<Self>, from: &Buffer) -> Result<Staged> {
+    pub fn read<T: Element>(self: &Arc<Self>, from: &Buffer) -> Result<Staged<T>> {
         self.card.enter()?;
-        let bytes = from.bytes();
+        let (bytes, address) = (from.bytes(), from.address() as u64);
+        let staged = |to| Staged { queue: self.clone(), len: from.len(), to };
         if bytes == 0 {
-            return Ok(Staged { block: None, queue: self.clone(), len: 0 });
+            return Ok(staged(To::Nowhere));
+        }
+        let copy = |e| failed("copy from the card", e);
+        if bytes > PIECE {
+            let mut values = vec![T::zeroed(); from.len()];
+            // SAFETY: `from` has so many bytes; nobody touches the values before the mark has passed.
+            unsafe { result::memcpy_dtoh_async(&mut values, address, self.stream) }.map_err(copy)?;
+            return Ok(staged(To::Plain(values, self.mark()?)));
         }
         let block = self.take(bytes)?;
         // SAFETY: the block has room, and the card is done with it.
         let host = unsafe { std::slice::from_raw_parts_mut(block.host.cast::<u8>(), bytes) };
         // SAFETY: `from` has so many bytes; nobody reads the block before its event has passed.
         let sent = unsafe {
-            result::memcpy_dtoh_async(host, from.address() as u64, self.stream)
+            result::memcpy_dtoh_async(host, address, self.stream)
                 .and_then(|()| result::event::record(block.event, self.stream))
         };
-        let staged = Staged { block: Some(block), queue: self.clone(), len: bytes };
-        sent.map_err(|e| failed("copy from the card", e)).map(|()| staged)
+        let staged = staged(To::Locked(block));
+        sent.map_err(copy).map(|()| staged)
+    }
+
+    /// Marks what has been submitted.
+    pub fn mark(&self) -> Result<Mark> {
+        self.card.enter()?;
+        let event = result::event::create(sys::CUevent_flags_enum::CU_EVENT_DEFAULT);
+        let mark = Mark { event: event.map_err(|e| failed("make an event", e))?, card: self.card.clone() };
+        // SAFETY: the event and the stream live.
+        unsafe { result::event::record(mark.event, self.stream) }.map_err(|e| failed("mark its work", e))?;
+        Ok(mark)
     }
 
     /// From here on launches are noted instead of run.
@@ -151,15 +218,17 @@ impl Queue {
     }
 
     /// What was noted since [`begin_capture`](Self::begin_capture).
-    pub fn end_capture(&self) -> Result<Graph> {
-        self.card.enter()?;
+    /// `None` where something failed meanwhile, or there is no room for a graph.
+    pub fn end_capture(&self) -> Option<Graph> {
+        self.card.enter().ok()?;
         // SAFETY: the stream lives; the graph is destroyed below, after what was made of it.
-        unsafe {
-            let graph = result::stream::end_capture(self.stream).map_err(|e| failed("end a graph", e))?;
+        let exec = unsafe {
+            let graph = result::stream::end_capture(self.stream).ok()?;
             let exec = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
             let _ = result::graph::destroy(graph);
-            Ok(Graph { exec: exec.map_err(|e| failed("make a graph", e))?, card: self.card.clone() })
-        }
+            exec.ok()?
+        };
+        Some(Graph { exec, card: self.card.clone() })
     }
 
     /// Submits a graph of this card.
@@ -176,31 +245,26 @@ impl Queue {
         unsafe { result::stream::synchronize(self.stream) }.map_err(|e| failed("finish its work", e))
     }
 
-    /// Submits a mark: the moment at which the card comes to it.
-    pub fn mark(&self) -> Result<Mark> {
-        self.card.enter()?;
-        let failed = |e| failed("mark a moment", e);
-        let event = result::event::create(sys::CUevent_flags_enum::CU_EVENT_DEFAULT).map_err(failed)?;
-        let mark = Mark { event, card: self.card.clone() };
-        // SAFETY: the event and the stream live.
-        unsafe { result::event::record(mark.event, self.stream) }.map_err(failed)?;
-        Ok(mark)
-    }
-
-    /// A block of at least so many bytes that the card is done with.
+    /// A block of at least so many bytes, at most [`PIECE`], that the card is done with.
     fn take(&self, bytes: usize) -> Result<Block> {
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the event lives as long as its block.
-        let free = |b: &Block| b.bytes >= bytes && unsafe { result::event::query(b.event) }.is_ok();
-        if let Some(i) = staging.iter().position(free) {
-            return Ok(staging.swap_remove(i));
+        let done = |b: &Block| unsafe { result::event::query(b.event) }.is_ok();
+        if let Some(i) = staging.iter().position(|b| b.bytes >= bytes && done(b)) {
+            return Ok(staging.remove(i));
         }
-        let bytes = bytes.next_power_of_two().max(LEAST);
-        let locked = |e| failed(&format!("lock {bytes} bytes of the host's memory"), e);
-        // SAFETY: memory that nobody reads before it is written.
-        let host = unsafe { result::malloc_host(bytes, 0) }.map_err(locked)?;
-        let event = result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING).map_err(locked)?;
-        Ok(Block { host, bytes, event })
+        let wanted = bytes.next_power_of_two().max(LEAST);
+        // The oldest first: the card is done with it before the others.
+        while !staging.is_empty() && staging.iter().map(|b| b.bytes).sum::<usize>() + wanted > KEPT {
+            let block = staging.remove(0);
+            // SAFETY: as above.
+            unsafe { result::event::synchronize(block.event) }.map_err(|e| failed("finish its work", e))?;
+            if block.bytes >= bytes {
+                return Ok(block);
+            }
+        }
+        drop(staging);
+        Block::new(wanted)
     }
 
     /// Keeps a block for later, when the card has come to this point.
@@ -212,49 +276,61 @@ impl Queue {
     }
 }
 
-impl Mark {
-    /// Seconds from `earlier` to this one; waits for both.
-    pub fn since(&self, earlier: &Mark) -> Result<f64> {
-        self.card.enter()?;
-        // SAFETY: both events live.
-        let milliseconds = unsafe {
-            result::event::synchronize(self.event).and_then(|()| result::event::elapsed(earlier.event, self.event))
-        };
-        milliseconds.map(|ms| f64::from(ms) / 1e3).map_err(|e| failed("tell the time", e))
+impl Block {
+    fn new(bytes: usize) -> Result<Block> {
+        let event = result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING);
+        let event = event.map_err(|e| failed("make an event", e))?;
+        let mut block = Block { host: std::ptr::null_mut(), bytes, event };
+        // SAFETY: memory that nobody reads before it is written.
+        block.host = unsafe { result::malloc_host(bytes, 0) }.map_err(|e| fault::page_locked(format!("{:?}", e.0)))?;
+        Ok(block)
     }
 }
 
-impl Drop for Mark {
+impl Drop for Block {
+    /// The card's context is the thread's, and the card is done with the block or has failed.
     fn drop(&mut self) {
-        if self.card.enter().is_ok() {
-            // SAFETY: nobody else has this event.
-            let _ = unsafe { result::event::destroy(self.event) };
+        // SAFETY: nobody else has these.
+        unsafe {
+            let _ = result::event::destroy(self.event);
+            if !self.host.is_null() {
+                let _ = result::free_host(self.host);
+            }
         }
     }
 }
 
-impl Staged {
+impl<T: Element> Staged<T> {
     /// Waits for the values.
-    pub fn wait<T: Element>(mut self) -> Result<Vec<T>> {
-        let mut values = vec![T::zeroed(); self.len / size_of::<T>()];
-        let Some(block) = self.block.take() else { return Ok(values) };
-        self.queue.card.enter()?;
-        // SAFETY: the event lives as long as its block.
-        let done = unsafe { result::event::synchronize(block.event) };
-        // SAFETY: the copy has ended, and the block holds so many bytes.
-        let bytes = unsafe { std::slice::from_raw_parts(block.host.cast::<u8>(), self.len) };
-        bytemuck::cast_slice_mut::<T, u8>(&mut values).copy_from_slice(bytes);
-        self.queue.staging.lock().unwrap_or_else(PoisonError::into_inner).push(block);
-        done.map_err(|e| failed("finish its work", e))?;
-        Ok(values)
+    pub fn wait(mut self) -> Result<Vec<T>> {
+        match std::mem::replace(&mut self.to, To::Nowhere) {
+            To::Nowhere => Ok(Vec::new()),
+            To::Plain(values, mark) => mark.wait().map(|()| values),
+            To::Locked(block) => {
+                self.queue.card.enter()?;
+                let mut values = vec![T::zeroed(); self.len];
+                // SAFETY: the event lives as long as its block.
+                let done = unsafe { result::event::synchronize(block.event) };
+                let bytes = self.len * size_of::<T>();
+                // SAFETY: the copy has ended, and the block holds so many bytes.
+                let from = unsafe { std::slice::from_raw_parts(block.host.cast::<u8>(), bytes) };
+                bytemuck::cast_slice_mut::<T, u8>(&mut values).copy_from_slice(from);
+                self.queue.staging.lock().unwrap_or_else(PoisonError::into_inner).push(block);
+                done.map_err(|e| failed("finish its work", e)).map(|()| values)
+            }
+        }
     }
 }
 
-impl Drop for Staged {
+impl<T> Drop for Staged<T> {
+    /// Of values that nobody waited for.
     fn drop(&mut self) {
-        // Values that nobody waited for: the block's event says when it can be used again.
-        if let Some(block) = self.block.take() {
-            self.queue.staging.lock().unwrap_or_else(PoisonError::into_inner).push(block);
+        match std::mem::replace(&mut self.to, To::Nowhere) {
+            To::Nowhere => {}
+            // The card may be about to write them. A failure is an earlier call's, which its own wait reports.
+            To::Plain(_values, mark) => drop(mark.wait()),
+            // The block's event says when it can be used again.
+            To::Locked(block) => self.queue.staging.lock().unwrap_or_else(PoisonError::into_inner).push(block),
         }
     }
 }
@@ -264,13 +340,9 @@ impl Drop for Queue {
         if self.synchronize().is_err() && self.card.enter().is_err() {
             return;
         }
-        // SAFETY: nothing is in flight, and nobody else has these.
-        unsafe {
-            for block in self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
-                let _ = result::event::destroy(block.event);
-                let _ = result::free_host(block.host);
-            }
-            let _ = result::stream::destroy(self.stream);
-        }
+        // Nothing is in flight.
+        self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        // SAFETY: nobody else has it.
+        let _ = unsafe { result::stream::destroy(self.stream) };
     }
 }

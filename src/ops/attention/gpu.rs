@@ -87,10 +87,15 @@ impl Paged {
         ]
     }
 
+    /// Whether pages can be copied 16 bytes at a time, and two elements of rows read and written at once.
+    fn aligned(&self, gpu: &Gpu, rows: &[&Buffer]) -> bool {
+        gpu.require_alignment(16, &[&self.kv.k, &self.kv.v]) && gpu.require_alignment(4, rows)
+    }
+
     pub(super) fn forward_gpu(&self, gpu: &Gpu, q: &Buffer, q_stride: usize, out: &Buffer, lse: Option<&Buffer>) {
         let (s, heads) = (&self.segments, &self.heads);
         check(heads, s.rows, q_stride, &[q], &[out], lse.as_slice());
-        if s.rows == 0 || !served(gpu, heads) {
+        if s.rows == 0 || !served(gpu, heads) || !self.aligned(gpu, &[q, out]) {
             return;
         }
         let lse = Arg::maybe(lse, DType::F32);
@@ -143,7 +148,7 @@ impl Paged {
         let (s, heads) = (&self.segments, &self.heads);
         let Given { out, lse, dout } = *given;
         check(heads, s.rows, q_stride, &[q, dq], &[out, dout], &[lse]);
-        if s.rows == 0 || !served(gpu, heads) {
+        if s.rows == 0 || !served(gpu, heads) || !self.aligned(gpu, &[q, dq, out, dout]) {
             return;
         }
         let [delta] = gpu.scratch([(DType::F32, s.rows * heads.hq())]);
@@ -188,7 +193,7 @@ impl Windows<'_> {
 
     pub(super) fn forward(&self, gpu: &Gpu, out: &Buffer, lse: Option<&Buffer>) {
         let rows = self.rows(&[out], &[self.qkv], lse.as_slice());
-        if rows * self.n == 0 || !served(gpu, &self.heads) {
+        if rows * self.n == 0 || !served(gpu, &self.heads) || !gpu.require_alignment(4, &[self.qkv, out]) {
             return;
         }
         let mut args = self.args().to_vec();
@@ -200,7 +205,8 @@ impl Windows<'_> {
     pub(super) fn backward(&self, gpu: &Gpu, given: &Given<'_>, dqkv: &Buffer) {
         let Given { out, lse, dout } = *given;
         let (heads, rows) = (&self.heads, self.rows(&[out, dout], &[self.qkv, dqkv], &[lse]));
-        if rows * self.n == 0 || !served(gpu, heads) {
+        let buffers = [self.qkv, dqkv, out, dout];
+        if rows * self.n == 0 || !served(gpu, heads) || !gpu.require_alignment(4, &buffers) {
             return;
         }
         let [delta] = gpu.scratch([(DType::F32, rows * heads.hq())]);

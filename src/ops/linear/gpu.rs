@@ -156,14 +156,17 @@ pub(super) fn forward_as(
     match family {
         Family::Mma => {
             // Of rows that lie one after the other, so many bytes divide every start.
-            let alignment = [8, 4, 2].into_iter().find(|e| k.is_multiple_of(*e)).map_or(2, |e| e * 2);
+            let starts = [&w.data, x].map(|b| b.alignment());
+            let alignment = starts.into_iter().chain([1 << (k * 2).trailing_zeros()]).min().unwrap_or(2);
             let mut args = vec![Arg::Buffer(&w.data), Arg::Buffer(x)];
             args.extend(added);
             args.extend(tail);
-            args.push(Arg::len(alignment));
+            args.push(Arg::len(alignment.min(16)));
             gpu.launch(&kernel, Launch::linear(tiles, tile.threads).shared(tile.shared_bytes), &args);
         }
         Family::Wgmma => {
+            // Another instruction would give other bits, so rows at odd places move.
+            let x = &gpu.aligned(x, m * k);
             let map =
                 |b, rows, tile: usize| gpu.tensor_map(b, &[k, rows], &[SLAB as u32, tile as u32], SLAB as u32 * 2);
             let (weight, tokens) = (map(&w.data, n, rows), map(x, m, tile.tokens));

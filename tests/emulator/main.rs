@@ -1,13 +1,15 @@
 //! The CUDA emulator: its execution model against what CUDA promises, its checks against kernels with planted mistakes
-//! (`tests/kernels/planted.cu`). Seeds are fresh in every run, and printed.
+//! (`tests/kernels/planted.cu` and `planted_async.cu`). Seeds are fresh in every run, and printed.
 #![cfg(emulator)]
+
+mod asynchronous;
+mod planted;
+mod sanitizer;
 
 use half::bf16;
 use std::hash::{BuildHasher, RandomState};
-use std::path::Path;
-use std::process::Command;
 use varft::device::emulated::Emulator;
-use varft::device::{Arg, Buffer, DType, Launch, TensorMap};
+use varft::device::{Arg, DType, Launch};
 
 // Brings the test kernels into this program: their table of names is filled before `main`.
 #[link(name = "varft_test_kernels", kind = "static", modifiers = "+whole-archive")]
@@ -136,11 +138,14 @@ fn atomics_lose_nothing_between_blocks_on_several_threads() {
     let gpu = fresh();
     let (blocks, threads) = (40usize, 96usize);
     let n = (blocks * threads) as u32;
-    let (counters, sum) = (gpu.copied(&[0u32; 3]).unwrap(), gpu.copied(&[0f32]).unwrap());
+    let (counters, sum) = (gpu.copied(&[0u32; 5]).unwrap(), gpu.copied(&[0f32]).unwrap());
     let (largest, wide) = (gpu.copied(&[0u32]).unwrap(), gpu.copied(&[1u64]).unwrap());
     let args = [Arg::Buffer(&counters), Arg::Buffer(&sum), Arg::Buffer(&largest), Arg::Buffer(&wide)];
     gpu.launch("atomics", Launch::linear(blocks, threads), &args).unwrap();
-    assert_eq!(gpu.read::<u32>(&counters).unwrap(), [2 * n, 3 * n, n]);
+    let counters = gpu.read::<u32>(&counters).unwrap();
+    assert_eq!(counters[..3], [2 * n, 3 * n, n]);
+    // What was left there at last nobody has found.
+    assert_eq!(counters[3] + counters[4], (1..=threads as u32).sum::<u32>() * blocks as u32);
     assert_eq!(gpu.read::<f32>(&sum).unwrap(), [n as f32 / 2.0]);
     assert_eq!(gpu.read::<u32>(&largest).unwrap(), [39_095]);
     assert_eq!(gpu.read::<u64>(&wide).unwrap(), [1 + (u64::from(n) << 32)]);
@@ -276,242 +281,23 @@ fn tensor_copies_move_swizzled_boxes_through_a_ring_of_mbarriers() {
 }
 
 #[test]
-fn wgmma_equals_the_f64_product_in_every_layout_and_lands_at_its_wait() {
+fn wgmma_equals_the_f64_product_in_every_layout() {
     let (gpu, mut rng) = (fresh(), noise());
     for (n, swizzle) in [8usize, 96, 256].into_iter().flat_map(|n| [0, 32, 64, 128].map(|s| (n, s))) {
         let (a, b) = (rng.bf16s(64 * 64, 1.0), rng.bf16s(n * 64, 1.0));
         let (ab, bb, d) = (gpu.copied(&a).unwrap(), gpu.copied(&b).unwrap(), gpu.alloc(DType::F32, 64 * n).unwrap());
         let shape = Launch::linear(1, 128).shared((64 + n) * 64 * 2);
-        let run = |registers: i32, early: i32| {
-            let layout = [swizzle, registers, early].map(Arg::I32);
-            let args = [Arg::Buffer(&ab), Arg::Buffer(&bb), Arg::Buffer(&d), layout[0], layout[1], layout[2]];
+        let run = |registers: i32| {
+            let args = [Arg::Buffer(&ab), Arg::Buffer(&bb), Arg::Buffer(&d), Arg::I32(swizzle), Arg::I32(registers)];
             gpu.launch(&format!("wgmma_{n}"), shape, &args).unwrap();
             gpu.read::<f32>(&d).unwrap()
         };
-        let shared = run(0, 0);
+        let shared = run(0);
         for (i, &got) in shared.iter().enumerate() {
             let (row, col) = (&a[i / n * 64..][..64], &b[i % n * 64..][..64]);
             let want: f64 = row.iter().zip(col).map(|(x, y)| x.to_f64() * y.to_f64()).sum();
             assert!((f64::from(got) - want).abs() < 2e-5, "N {n}, swizzle {swizzle}, element {i}: {got}, not {want}");
         }
-        assert_eq!(run(1, 0), shared, "A from registers");
-        assert!(run(0, 1)[..128].iter().all(|v| v.is_nan()), "accumulators before their wait");
-    }
-}
-
-// ---- planted mistakes ----
-
-const PLANTED: &str = include_str!("kernels/planted.cu");
-
-/// Where a marked line is, as reports name it; nothing is known of lines without binutils' addr2line.
-fn place(mark: &str) -> String {
-    if Command::new("addr2line").arg("--version").output().is_err() {
-        return String::new();
-    }
-    let line = PLANTED.lines().position(|l| l.ends_with(&format!("// MARK {mark}"))).expect(mark);
-    format!("planted.cu:{}", line + 1)
-}
-
-/// The report of a launch, which must fail, under several seeds; each must hold all of `wanted`.
-fn caught(kernel: &str, shape: Launch, args: &[Arg<'_>], wanted: &[&str], places: &[&str]) {
-    let mut rng = noise();
-    for _ in 0..5 {
-        let seed = rng.next();
-        let report = match Emulator::new(seed).unwrap().launch(kernel, shape, args) {
-            Ok(()) => panic!("{kernel} went through with seed {seed}"),
-            Err(e) => e.to_string(),
-        };
-        let seed = format!("seed {seed}");
-        let places: Vec<String> = places.iter().map(|m| place(m)).collect();
-        let all = wanted.iter().copied().chain(places.iter().map(String::as_str)).chain([kernel, "block (", &seed]);
-        for want in all {
-            assert!(report.contains(want), "{want:?} is missing from:\n{report}");
-        }
-        // Still usable: a clean launch follows.
-        let out = Emulator::new(1).unwrap().alloc(DType::F32, 32).unwrap();
-        Emulator::new(1).unwrap().launch("no_race_of_halves", Launch::linear(1, 32), &[Arg::Buffer(&out)]).unwrap();
-    }
-}
-
-fn floats(n: usize) -> Buffer {
-    Emulator::new(0).unwrap().copied(&vec![0f32; n]).unwrap()
-}
-
-fn ints(n: usize) -> Buffer {
-    Emulator::new(0).unwrap().copied(&vec![0i32; n]).unwrap()
-}
-
-#[test]
-fn deadlocks_name_who_waits_where() {
-    let out = floats(96);
-    let args = [Arg::Buffer(&out)];
-    let both = ["deadlock", "32 in all, at barrier 1 for 64 threads", "64 in all, at __syncthreads"];
-    caught("deadlock", Launch::linear(2, 96), &args, &both, &["deadlock-named", "deadlock-all"]);
-    let both =
-        ["thread (0,0,0) to thread (15,0,0), 16 in all, in __shfl_xor_sync", "thread (16,0,0) to thread (31,0,0)"];
-    caught("deadlock_half", Launch::linear(1, 32), &args, &both, &["half-shuffle", "half-barrier"]);
-}
-
-#[test]
-fn lanes_that_part_are_named() {
-    let out = floats(96);
-    let args = [Arg::Buffer(&out)];
-    let both = ["divergent warp", "__shfl_xor_sync", "__ballot_sync"];
-    caught("divergent", Launch::linear(1, 32), &args, &both, &["divergent-shuffle", "divergent-ballot"]);
-    caught("not_in_mask", Launch::linear(1, 32), &args, &["lacks its own lane"], &["not-in-mask"]);
-    caught("mma_by_half_a_warp", Launch::linear(1, 32), &args, &["needs all 32 lanes"], &["half-mma"]);
-    let both = ["barrier 3 for 64 threads", "for 96 threads"];
-    caught("barrier_counts", Launch::linear(1, 96), &args, &["barrier 3", both[1]], &["count-64", "count-96"]);
-}
-
-#[test]
-fn shared_memory_that_nobody_wrote_is_nan() {
-    let (gpu, out) = (fresh(), floats(32));
-    gpu.launch("uninitialised", Launch::linear(1, 32), &[Arg::Buffer(&out)]).unwrap();
-    let out = gpu.read::<f32>(&out).unwrap();
-    assert!(out[31].is_nan() && out[..31].iter().all(|&v| v == 1.0));
-}
-
-#[test]
-fn races_on_shared_memory_are_caught_and_nothing_else_is() {
-    let out = ints(128);
-    let race = ["race on shared memory", "thread (", "no barrier is between"];
-    let without = [Arg::Buffer(&out), Arg::I32(0)];
-    caught("race", Launch::linear(1, 128), &without, &race, &["race-write", "race-read"]);
-    let gpu = fresh();
-    gpu.launch("race", Launch::linear(1, 128), &[Arg::Buffer(&out), Arg::I32(1)]).unwrap();
-    assert_eq!(gpu.read::<i32>(&out).unwrap(), (0..128).rev().collect::<Vec<_>>());
-    let args = [Arg::Buffer(&out)];
-    caught("race_of_rounds", Launch::linear(1, 64), &args, &race, &["rounds-write", "rounds-read"]);
-    caught("race_in_warp", Launch::linear(1, 32), &args, &race, &["warp-write", "warp-read"]);
-    let out = floats(32);
-    fresh().launch("no_race_of_halves", Launch::linear(1, 32), &[Arg::Buffer(&out)]).unwrap();
-}
-
-#[test]
-fn copies_that_nobody_waited_for_are_caught() {
-    let (x, out) = (floats(64), floats(64));
-    let args = [Arg::Buffer(&x), Arg::Buffer(&out)];
-    let early = ["asynchronous copy not waited for", "has not landed"];
-    caught("no_wait", Launch::linear(1, 32), &args, &early, &["no-wait-copy", "no-wait-read"]);
-    // Whether the copy has landed or not when the other thread reads is chance; that it must not read is not.
-    caught("wait_without_barrier", Launch::linear(1, 64), &args, &[], &["own-wait-copy", "own-wait-read"]);
-}
-
-#[test]
-fn tensor_copies_that_are_not_waited_for_or_never_complete_are_caught() {
-    let gpu = fresh();
-    let x = gpu.copied(&vec![bf16::ONE; 64 * 8]).unwrap();
-    let out = gpu.alloc(DType::U32, 32).unwrap();
-    let map = gpu.tensor_map(&x, &[64, 8], &[64, 8], 128).unwrap();
-    let run = |map: &TensorMap, expected: i32, wait: i32, wanted: &[&str]| {
-        let args = [Arg::TensorMap(map), Arg::Buffer(&out), Arg::I32(1024), Arg::I32(expected), Arg::I32(wait)];
-        match gpu.launch("box_mistakes", Launch::linear(1, 32).shared(1024), &args) {
-            Ok(()) => assert!(wanted.is_empty(), "it went through"),
-            Err(e) => wanted.iter().for_each(|w| assert!(e.to_string().contains(w), "{w:?} is missing from:\n{e}")),
-        }
-    };
-    run(&map, 1024, 1, &[]);
-    run(&map, 1024, 0, &["asynchronous copy not waited for", "tensor copy has not landed"]);
-    run(&map, 2048, 1, &["deadlock", "32 in all, at the mbarrier at byte"]);
-    run(&gpu.tensor_map(&x, &[64, 8], &[64, 8], 32).unwrap(), 1024, 1, &["not as long as the swizzle"]);
-    run(&gpu.tensor_map(&x, &[60, 8], &[56, 8], 0).unwrap(), 1024, 1, &["not multiples of 16"]);
-}
-
-#[test]
-fn accesses_out_of_bounds_are_caught_before_they_happen() {
-    let (x, out) = (floats(32), floats(32));
-    let (to, both) = ([Arg::Buffer(&out)], [Arg::Buffer(&x), Arg::Buffer(&out)]);
-    let one = Launch::linear(1, 32);
-    let shared = "out of bounds of shared memory: thread (31,0,0) writes 4 bytes";
-    let global = "out of bounds of global memory";
-    caught("past_static", one, &to, &[shared, "past the end of a static array of 128 bytes"], &["past-static"]);
-    caught("past_dynamic", one.shared(128), &to, &[shared, "the dynamic array of 128 bytes"], &["past-dynamic"]);
-    caught("past_global", one, &both, &[global, "thread (31,0,0) reads", "of 128 bytes"], &["past-global"]);
-    caught("write_past_global", Launch::linear(2, 32), &to, &[global, "block (1,0,0)"], &["write-past-global"]);
-    caught("misaligned", Launch::linear(1, 1), &both, &["misaligned", "reads 4 bytes"], &["misaligned"]);
-    caught("misaligned_vector", Launch::linear(1, 1), &both, &["misaligned", "reads 16 bytes"], &["misaligned-vector"]);
-    caught("too_much_shared", one.shared(227 << 10), &to, &["256 more bytes of shared memory"], &["too-much"]);
-}
-
-#[test]
-fn what_depends_on_the_order_of_warps_depends_on_the_seed_alone() {
-    let mut rng = noise();
-    let run = |seed: u64| {
-        let gpu = Emulator::new(seed).unwrap();
-        let (counter, order) = (gpu.copied(&[0u32]).unwrap(), gpu.alloc(DType::U32, 16).unwrap());
-        let args = [Arg::Buffer(&counter), Arg::Buffer(&order)];
-        gpu.launch("order_dependent", Launch::linear(1, 512), &args).unwrap();
-        gpu.read::<u32>(&order).unwrap()
-    };
-    let orders: Vec<Vec<u32>> = (0..8)
-        .map(|_| rng.next())
-        .map(|s| (run(s), run(s)))
-        .map(|(a, b)| {
-            assert_eq!(a, b, "one seed, one order");
-            a
-        })
-        .collect();
-    assert!(orders.iter().any(|o| *o != orders[0]), "eight seeds, one order");
-}
-
-#[test]
-fn launches_that_do_not_fit_their_kernel_are_refused() {
-    let (gpu, out) = (fresh(), floats(32));
-    let refused = |kernel: &str, shape: Launch, args: &[Arg<'_>], want: &str| {
-        let report = gpu.launch(kernel, shape, args).unwrap_err().to_string();
-        assert!(report.contains(want), "{want:?} is missing from:\n{report}");
-    };
-    let one = Launch::linear(1, 32);
-    refused("no_such_kernel", one, &[], "no kernel is named no_such_kernel");
-    refused("race", one, &[Arg::Buffer(&out)], "kernel race takes (i32*, i32), not (f32*)");
-    refused("past_static", Launch::linear(1, 64), &[Arg::Buffer(&out)], "it is written for 32");
-    refused("indices", Launch::linear(1, 2000), &[Arg::Null(DType::U32)], "it must have 1 to 1024");
-    refused("indices", Launch::linear(0, 32), &[Arg::Null(DType::U32)], "at least one");
-    refused("past_dynamic", one.shared(1 << 20), &[Arg::Buffer(&out)], "a block has at most 232448");
-    refused("indices", one, &[Arg::Null(DType::U32)], "out of bounds of global memory");
-}
-
-// ---- AddressSanitizer ----
-
-/// The same sources, with AddressSanitizer in place of the emulator's own checks of loads and stores: it also sees a thread's
-/// own arrays, and the emulator itself.
-#[test]
-fn address_sanitizer_finds_no_mistake_but_the_planted_ones() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator-asan");
-    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "g++".into());
-    let built = Command::new(compiler)
-        .args(["-std=c++17", "-O1", "-g1", "-fsanitize=address", "-Wno-unknown-pragmas", "-I"])
-        .arg(root.join("kernels"))
-        .arg(root.join("tests/kernels/asan.cpp"))
-        .arg("-o")
-        .arg(&out)
-        .args(["-ldl", "-lpthread"])
-        .output();
-    match built {
-        Ok(o) if o.status.success() => {}
-        Ok(o) if String::from_utf8_lossy(&o.stderr).contains("asan") => {
-            return println!("skipped: this compiler has no AddressSanitizer: {}", String::from_utf8_lossy(&o.stderr));
-        }
-        Ok(o) => panic!("{}", String::from_utf8_lossy(&o.stderr)),
-        Err(e) => return println!("skipped: no C++ compiler to build with AddressSanitizer: {e}"),
-    }
-    // Stacks are switched by hand, which its check for use after return cannot follow.
-    let run = |case: &str| {
-        let options = "detect_stack_use_after_return=0:detect_leaks=0";
-        let o = Command::new(&out).arg(case).env("ASAN_OPTIONS", options).output().unwrap();
-        (o.status.success(), String::from_utf8_lossy(&o.stderr).into_owned() + &String::from_utf8_lossy(&o.stdout))
-    };
-    let (well, said) = run("clean");
-    assert!(well, "{said}");
-    for (case, want) in [
-        ("past_local", "stack-buffer-overflow"),
-        ("past_static", "use-after-poison"),
-        ("past_dynamic", "use-after-poison"),
-        ("past_global", "use-after-poison"),
-    ] {
-        let (well, said) = run(case);
-        assert!(!well && said.contains(want) && said.contains(case), "{case}: {want} is missing from:\n{said}");
+        assert_eq!(run(1), shared, "A from registers");
     }
 }
