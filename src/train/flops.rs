@@ -200,9 +200,11 @@ mod tests {
         let of = |keys: &[&str]| step(&c, &plan(&c, keys), &b, 1, 16_384, true, false);
         let frozen = of(&[]);
         assert_eq!((frozen.again, frozen.reference), (0.0, 0.0));
-        assert!(frozen.backward > 1.7 * frozen.forward && frozen.backward < 2.1 * frozen.forward, "{frozen:?}");
         let trained = of(&["model.freeze_vision=false"]);
         assert!(trained.backward > frozen.backward && trained.forward == frozen.forward);
+        // Two products for one, and five for two in attention.
+        let ratio = trained.backward / trained.forward;
+        assert!(ratio > 2.0 && ratio < 2.5, "{trained:?}");
         let least = of(&["optim.activations_mib=7000"]);
         assert!(least.again > 0.2 * least.forward && least.again < least.forward, "{least:?}");
         // Prompts once for a group, and every token of a completion once.

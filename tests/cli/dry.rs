@@ -38,7 +38,8 @@ fn a_dry_run_says_what_there_is_to_do_and_writes_nothing() {
     for part in ["rollouts: prompts", "rollouts: sampled", "forward", "backward"] {
         assert!(words(&said, part).last().unwrap().parse::<f64>().unwrap() > 0.0, "{said}");
     }
-    assert!(said.contains("measured now") && said.contains("512 rows times 64 x 256: ") && said.contains("FLOP/s"));
+    // How large the product is depends on how fast the machine is at the moment.
+    assert!(said.contains("measured now") && said.contains(" rows times ") && said.contains("FLOP/s"), "{said}");
     assert!(words(&said, "200 steps").len() == 4, "{said}");
 }
 

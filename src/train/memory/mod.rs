@@ -112,7 +112,7 @@ impl Part {
             Part::Gradients => "gradients",
             Part::Moments => "moments",
             Part::Reference => "reference",
-            Part::ReferencePass => "its forward pass",
+            Part::ReferencePass => "reference pass",
             Part::Activations => "activations",
             Part::Logits => "logits",
             Part::Engine => "engine's steps",
