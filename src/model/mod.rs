@@ -105,7 +105,7 @@ impl Config {
             Some(hd) => Err(Error::limit(
                 format!("the model has heads of {hd} elements, for which a GPU has no kernel"),
                 format!(
-                    "use a model with heads of {:?} elements, or the processor (run.device = \"cpu\")",
+                    "use a model with heads of {:?} elements, or the processor (--device cpu)",
                     attention::HEAD_DIMS
                 ),
             )),

@@ -430,7 +430,7 @@ mod tests {
         ];
         for (said, what, mend) in cases {
             let said = said.unwrap_err().to_string();
-            assert!(said.contains(what) && said.contains(mend) && said.contains("run.device=cpu"), "{said}");
+            assert!(said.contains(what) && said.contains(mend) && said.contains("--device cpu"), "{said}");
         }
         assert!(check_driver(DRIVER).is_ok() && check_card("", 8, 0).is_ok() && check_built(&[("a", b"b")]).is_ok());
     }

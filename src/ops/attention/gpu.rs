@@ -36,7 +36,7 @@ fn served(gpu: &Gpu, heads: &Heads) -> bool {
     if !served {
         gpu.refuse(Error::limit(
             format!("there is no attention kernel for heads of {} elements", heads.hd),
-            format!("use a model with heads of {HEAD_DIMS:?} elements, or the processor (run.device = \"cpu\")"),
+            format!("use a model with heads of {HEAD_DIMS:?} elements, or the processor (--device cpu)"),
         ));
     }
     served
