@@ -91,6 +91,9 @@ fn what_it_sets_itself_is_refused_and_nothing_is_made() {
     }
     let o = quickstart(&["--out", &run]).env("VARFT_PYTHON", "/no/such/python").output().unwrap();
     assert!(o.status.code() == Some(1) && stderr(&o).contains("/no/such/python"), "{}", stderr(&o));
+    // What is known only with the model at hand.
+    let o = quickstart(&["--out", &run, "--set", "rollout.kv_cache_mib=1"]).output().unwrap();
+    assert!(o.status.code() == Some(1) && stderr(&o).contains("rollout.kv_cache_mib"), "{}", stderr(&o));
     assert_eq!(dir.path().read_dir().unwrap().count(), 0);
     let file = dir.path().join("README.md");
     std::fs::write(&file, "mine").unwrap();

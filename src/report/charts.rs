@@ -93,8 +93,9 @@ const PANELS: &[(&str, Unit, &[Known])] = &[
 
 const HUES: usize = 8;
 
-/// Figures that are set, or only ever rise: a running mean of them is none of their values.
-const AS_LOGGED: [&str; 3] = ["optim/lr", "optim/skipped", "memory/peak_mib"];
+/// Figures that are set, only ever rise, or count what is rare: a running mean of them is none of their values.
+const AS_LOGGED: [&str; 6] =
+    ["optim/lr", "optim/skipped", "memory/peak_mib", "episodes/masked", "episodes/void", "eval/void"];
 
 /// One curve.
 #[derive(Clone)]

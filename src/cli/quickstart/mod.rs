@@ -109,6 +109,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     warm::unpack(&model)?;
     settle(&mut config);
     let session = Session::anew(&config, "train", held);
+    // Before the session goes, and with it the folder if that is empty.
+    let _unpacked = Unpacked(&out);
 
     let started = Instant::now();
     let stop = stop_on_signal()?;
@@ -243,10 +245,28 @@ fn check_replaceable(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Takes `dir` for a new run. An earlier one that had begun is kept under the next number that is free; what had not is removed.
+/// What lies ready for a run: when one did not begin, it goes.
+struct Unpacked<'a>(&'a Path);
+
+impl Drop for Unpacked<'_> {
+    fn drop(&mut self) {
+        if !self.0.join(CONFIG_FILE).is_file() {
+            // What failed before is the error to report.
+            let _ = clear(self.0)
+                .and_then(|()| std::fs::remove_file(self.0.join(MARK)).map_err(|e| Error::io("remove", self.0, e)));
+        }
+    }
+}
+
+/// Whether a run in `dir` has taken a step, or may have.
+fn has_trained(dir: &Path) -> bool {
+    dir.join("checkpoints").exists() || read_metrics(dir).map_or(true, |records| records.iter().any(|r| r.step > 0))
+}
+
+/// Takes `dir` for a new run. An earlier one that has trained is kept under the next number that is free; another is removed.
 fn make_room(dir: &Path) -> Result<Held> {
     let held = hold(dir)?;
-    if !dir.join(CONFIG_FILE).is_file() {
+    if !has_trained(dir) {
         clear(dir)?;
         return Ok(held);
     }
@@ -295,11 +315,12 @@ mod tests {
             held.keep();
             std::fs::write(at("run").join(MARK), "").unwrap();
             std::fs::write(at("run").join(CONFIG_FILE), earlier.to_string()).unwrap();
+            std::fs::create_dir(at("run").join("checkpoints")).unwrap();
             assert!(make_room(&at("run")).err().unwrap().to_string().contains("another process"));
         }
         let kept = |name: &str| std::fs::read_to_string(at(name).join(CONFIG_FILE)).unwrap();
         assert_eq!(["run-1", "run-2", "run"].map(kept), ["0", "1", "2"]);
-        std::fs::remove_file(at("run").join(CONFIG_FILE)).unwrap();
+        std::fs::remove_dir(at("run").join("checkpoints")).unwrap();
         drop(make_room(&at("run")).unwrap());
         assert!(!at("run-3").exists() && at("run").read_dir().unwrap().count() == 1);
     }
