@@ -150,7 +150,7 @@ fn the_page_says_how_much_of_the_run_it_shows_and_cuts_no_group() {
     let limits = Limits { steps: 3, episodes: 18, ..Limits::default() };
     let html = std::fs::read_to_string(write_with(dir.path(), &limits).unwrap()).unwrap();
     assert!(
-        html.contains("24 of the 340 episodes that the run kept") && html.contains("6 of 45 measurements"),
+        html.contains("shows 24 of the 340 episodes that the run kept, from 6 of its 45 measurements and steps"),
         "{html}"
     );
     let training =
@@ -166,6 +166,30 @@ fn the_page_says_how_much_of_the_run_it_shows_and_cuts_no_group() {
     // A group that the run itself did not keep whole, or that is larger than what may be shown.
     let html = std::fs::read_to_string(write_with(dir.path(), &Limits { episodes: 2, steps: 1, ..limits }).unwrap());
     assert!(html.unwrap().contains("2 of its 4 episodes"));
+}
+
+#[test]
+fn the_page_names_the_run_and_opens_on_what_it_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    run(dir.path(), 40);
+    let config = "[run]\nseed = 7\n[model]\npath = \"models/<mine>\"\n[task]\nkind = \"mat\"\neval = \"rows.json\"\n";
+    std::fs::write(dir.path().join("config.toml"), config).unwrap();
+    let html = page(dir.path());
+    for fact in
+        ["model <b>models/&lt;mine&gt;</b>", "task <b>mat, rows.json</b>", "seed <b>7</b>", "last measured <b>20"]
+    {
+        assert!(html.contains(fact), "{fact}");
+    }
+    let ends = html.split("id=\"ends\"").nth(1).unwrap().split("</section>").next().unwrap();
+    assert!(ends.contains("4 questions after step 0 and after step 40"), "{ends}");
+    assert_eq!((ends.matches("<article").count(), ends.matches("<details class=\"episode\"").count()), (4, 8));
+    assert_eq!(ends.matches("<span class=\"num\">before</span>").count(), 4);
+    // An evaluation shows the table that it printed, and no curve of one point.
+    let dir = tempfile::tempdir().unwrap();
+    MetricsLog::open(dir.path(), 0, false).unwrap().log(0, &[("eval/f1", 0.5), ("eval/em", 0.25)]).unwrap();
+    std::fs::write(dir.path().join(varft::report::TABLE), "all  4  <50.0>\n").unwrap();
+    let html = page(dir.path());
+    assert!(html.contains("<pre class=\"scores\">all  4  &lt;50.0&gt;</pre>") && !html.contains("<figure"), "{html}");
 }
 
 #[test]

@@ -112,7 +112,6 @@ pub(super) fn run_episode(
             // Nobody would see what the code of the last turn made.
             Action::Code(_) | Action::Nothing if last => ending = Some(Ending::OutOfTurns),
             Action::Code(code) => {
-                let started = std::time::Instant::now();
                 let result = tool.run(ToolCall {
                     input: code.clone(),
                     images: vec![image.clone()],
@@ -136,7 +135,7 @@ pub(super) fn run_episode(
                     code,
                     status: result.outcome.kind(),
                     output: [result.stdout.as_str(), &result.outcome.message()].join("\n").trim().to_owned(),
-                    ms: started.elapsed().as_secs_f64() * 1e3,
+                    ms: result.usage.wall.as_secs_f64() * 1e3,
                 });
                 step.image_after = Some(shown);
                 observation = Some((message, vec![seen]));

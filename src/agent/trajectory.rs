@@ -49,7 +49,7 @@ pub struct ToolUse {
     pub status: &'static str,
     /// What it printed and, where it failed, why: all of it. The model is shown the end of either.
     pub output: String,
-    /// Wall-clock milliseconds.
+    /// Wall-clock milliseconds that it ran, without those in which it waited for a place to run.
     pub ms: f64,
 }
 

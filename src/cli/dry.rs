@@ -41,9 +41,6 @@ impl Figures {
 
 /// Opens the folder of a run that is not begun.
 fn folder(config: &RunConfig) -> Result<Folder> {
-    if !config.model.path.is_empty() {
-        super::check_model_folder(Path::new(&config.model.path))?;
-    }
     say!("dry run: no weight is read, and nothing is written");
     Folder::open(config)
 }

@@ -4,16 +4,15 @@ use super::session::stop_on_signal;
 use super::setup::{Folder, held_out_examples, python};
 use crate::agent::{Rollouts, Trajectory};
 use crate::model::write_atomically;
-use crate::report::Progress;
 use crate::report::view::Phase;
+use crate::report::{Progress, TABLE};
 use crate::tasks::scorer::{Score, Scorer};
 use crate::tasks::{Outline, Split};
-use crate::train::config::TaskKind;
 use crate::train::room::Work;
-use crate::train::run::{Evaluation, episode_metrics, eval_options, evaluate, views};
+use crate::train::run::{Evaluation, episode_metrics, eval_options, evaluate, kind_metrics, views};
 use crate::{Error, Result};
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Ask a model the held-out questions and score its answers
 #[derive(clap::Args)]
@@ -35,13 +34,10 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let mut config = args.from.config()?;
-    if let Some(file) = &args.mat {
-        config.task.kind = TaskKind::Mat;
-        config.task.eval = file.display().to_string();
-        config.task.images = args.images.as_ref().map_or(String::new(), |d| d.display().to_string());
-    }
-    let records = Records::create(&args.from.out, "results.json")?;
+    // Among the overrides, so that the keys are checked for the task that they are of.
+    let rows: Vec<String> = args.mat.iter().flat_map(|file| of_file(file, args.images.as_deref())).collect();
+    let config = args.from.config(&rows)?;
+    Records::check(&args.from.out, RESULTS)?;
     let stop = stop_on_signal()?;
     let examples = held_out_examples(&config, &stop)?;
     let tool = python(&config)?;
@@ -50,6 +46,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let engine = loaded.engine(&config)?;
     let rollouts = loaded.rollouts(&config, &engine, tool, &stop);
     let rollouts = Rollouts { options: eval_options(&rollouts.options, &config), ..rollouts };
+    let records = Records::create(&args.from.out)?;
 
     let mut progress = Progress::new("eval", 0, examples.len() as u64);
     let (mut f1, mut scored) = (0.0, 0);
@@ -77,7 +74,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
             reference: Scorer::Reference.score(t.answer(), &job.example.answers),
         })
         .collect();
-    say!("{}", table(&all).trim_end());
+    let table = table(&all);
+    say!("{}", table.trim_end());
     if scores.void > 0 {
         say!("{} episodes failed for reasons that are not the model's, and are not counted", scores.void);
     }
@@ -90,11 +88,18 @@ pub(super) fn run(args: &Args) -> Result<()> {
         })
         .collect();
     let text = serde_json::to_vec_pretty(&rows).map_err(|e| Error::internal(format!("results as JSON: {e}")))?;
-    let path = records.dir.join("results.json");
+    let path = records.dir.join(RESULTS);
     write_atomically(&path, |out| out.write_all(&text).map_err(|e| Error::io("write", &path, e)))?;
     say!("results {}", path.display());
+    let table_path = records.dir.join(TABLE);
+    write_atomically(&table_path, |out| {
+        out.write_all(table.as_bytes()).map_err(|e| Error::io("write", &table_path, e))
+    })
+    .map_err(|e| records.kept(&path, e))?;
     let mut metrics = episode_metrics(&done, Phase::Eval);
     metrics.push(("eval/void", scores.void as f64));
+    let by_kind = kind_metrics(&done, "eval");
+    metrics.extend(by_kind.iter().map(|(name, value)| (name.as_str(), *value)));
     let report =
         views(&episodes, &jobs, 0, Phase::Eval, usize::MAX, &records.store, &loaded.folder.tokenizer, |_| None)
             .and_then(|shown| records.store.write(Phase::Eval, 0, &shown))
@@ -103,6 +108,19 @@ pub(super) fn run(args: &Args) -> Result<()> {
     say!("report  {}", report.display());
     let counts = [scores.episodes, jobs.len()];
     ended_by.map_or(Ok(()), |e| Err(ended_early(e, counts, "questions are answered, scored and written")))
+}
+
+/// The answers' file.
+const RESULTS: &str = "results.json";
+
+/// The keys of a task that asks the rows of `file`, whose images start from `images`.
+fn of_file(file: &Path, images: Option<&Path>) -> [String; 3] {
+    let text = |path: &Path| toml::Value::from(path.display().to_string());
+    [
+        "task.kind=mat".into(),
+        format!("task.eval={}", text(file)),
+        format!("task.images={}", images.map_or_else(|| "\"\"".into(), |dir| text(dir).to_string())),
+    ]
 }
 
 /// One scored episode.

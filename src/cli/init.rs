@@ -1,4 +1,5 @@
 use crate::device::{DType, Device};
+use crate::input::Tokenizer;
 use crate::model::{LoadOptions, Model, Preset, SaveOptions, write_atomically};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ pub(super) struct Args {
     /// The folder to write; made if missing
     dir: PathBuf,
     /// The same seed gives the same weights on every machine
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_parser = super::seed)]
     seed: u64,
     /// What the weights are stored as
     #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16"])]
@@ -38,7 +39,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
         ));
     }
     let tokenizer = match &args.tokenizer {
-        Some(path) => Some(crate::files::read(path).map_err(|e| Error::io("read the tokenizer", path, e))?),
+        Some(path) => {
+            let bytes = crate::files::read(path).map_err(|e| Error::io("read the tokenizer", path, e))?;
+            // What no command could use is told now.
+            args.preset.config().check_tokenizer(&Tokenizer::from_bytes(&bytes, &path.display().to_string())?)?;
+            Some(bytes)
+        }
         None if args.preset == Preset::Tiny => Some(TINY_TOKENIZER.to_vec()),
         None => None,
     };

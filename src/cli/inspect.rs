@@ -1,5 +1,5 @@
 use super::device::{self, DeviceArgs};
-use super::session::model_in;
+use super::session::model_folder;
 use crate::device::{DType, Device};
 use crate::input::{
     ChatTemplate, Image, ImageHash, ImageProcessor, ImageSource, Message, Preprocessor, Prompt, ResizeOrder, Tokenizer,
@@ -7,14 +7,14 @@ use crate::input::{
 };
 use crate::model::positions::{self, Positions, Span};
 use crate::model::train::{self, Activations, Group, TrainBatch};
-use crate::model::{Config, LoadOptions, Model};
+use crate::model::{Config, LoadOptions, Model, write_atomically};
 use crate::ops::linear::{self, Epilogue};
 use crate::ops::patch_embed::{self, Geometry, INPUTS};
 use crate::ops::softmax;
 use crate::train::RunConfig;
 use crate::{Error, Result};
+use safetensors::Dtype;
 use safetensors::tensor::TensorView;
-use safetensors::{Dtype, serialize_to_file};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -44,7 +44,7 @@ pub(super) struct Args {
     #[arg(long)]
     pillow13: bool,
     /// Threads; 0 for all cores
-    #[arg(long, default_value_t = 0, value_parser = super::threads)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_parser = super::threads)]
     threads: usize,
     #[command(flatten)]
     device: DeviceArgs,
@@ -55,8 +55,8 @@ const ROWS: usize = 64;
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let mut config = RunConfig::read(None, &args.device.with(&[]))?;
-    (config.model, config.run.threads) = (model_in(&args.model)?, args.threads);
-    let folder = PathBuf::from(&config.model.path);
+    let folder = model_folder(&args.model)?;
+    (config.model.path, config.run.threads) = (folder.display().to_string(), args.threads);
     // Whatever the names are: links too.
     let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
     if same(&args.out, &args.conversation) {
@@ -99,6 +99,12 @@ fn read_prompt(args: &Args, folder: &Path, threads: usize) -> Result<Prompt> {
             "write a list of messages, [{\"role\": \"user\", \"content\": \"...\"}]; see varft inspect --help",
         )
     })?;
+    if messages.is_empty() {
+        return Err(Error::input(
+            format!("{}: there is no message in the conversation", path.display()),
+            "write at least one, [{\"role\": \"user\", \"content\": \"...\"}]",
+        ));
+    }
     let beside = path.parent().unwrap_or(Path::new(""));
     let mut sources = Vec::new();
     for (i, source) in messages.iter().flat_map(|m| m.image_sources()).enumerate() {
@@ -138,9 +144,9 @@ impl Inspected {
     fn new(model: &Model, processor: &ImageProcessor, prompt: Prompt) -> Result<Inspected> {
         let (c, d, s) = (&model.config, model.device(), model.device().stream());
         let t = prompt.len();
-        // All logits, and once more as the file's bytes, which the host holds.
+        // All logits, once more as bytes, and once more as the file's; all of it the host's.
         Device::cpu(1).check_room(
-            t.saturating_mul(2 * c.vocab_size * size_of::<f32>()),
+            t.saturating_mul(3 * c.vocab_size * size_of::<f32>()),
             &format!("the logits of {t} tokens"),
             "shorten the conversation, or show smaller images",
         )?;
@@ -179,7 +185,7 @@ impl Inspected {
         Ok(Inspected { prompt, positions, pixel_values, grid, image_embeds, hidden_size, logits, vocab, log_probs })
     }
 
-    /// Writes the file beside its name and renames it.
+    /// Writes the file, in place of an older one.
     fn save(&self, path: &Path) -> Result<()> {
         let t = self.prompt.len();
         let ids: Vec<i64> = self.prompt.tokens.iter().map(|&id| i64::from(id)).collect();
@@ -199,24 +205,14 @@ impl Inspected {
             let rows = self.image_embeds.len() / self.hidden_size;
             all.push(("image_embeds", floats(vec![rows, self.hidden_size], &self.image_embeds)));
         }
-        let failed = |e: std::io::Error| Error::io("write", path, e);
         let views =
             all.iter().map(|(name, (dtype, shape, data))| Ok((*name, TensorView::new(*dtype, shape.clone(), data)?)));
         let views: Vec<_> = views
             .collect::<std::result::Result<_, safetensors::SafeTensorError>>()
             .map_err(|e| Error::internal(format!("a tensor of the inspection: {e}")))?;
-        let mut name = path.file_name().unwrap_or_default().to_os_string();
-        name.push(".tmp");
-        let temporary = path.with_file_name(name);
-        let written = serialize_to_file(views, None, &temporary).map_err(|e| match e {
-            safetensors::SafeTensorError::IoError(e) => failed(e),
-            e => Error::internal(format!("{}: {e}", path.display())),
-        });
-        let done = written.and_then(|()| std::fs::rename(&temporary, path).map_err(failed));
-        if done.is_err() {
-            let _ = std::fs::remove_file(&temporary);
-        }
-        done
+        let bytes = safetensors::serialize(views, None)
+            .map_err(|e| Error::internal(format!("the inspection as safetensors: {e}")))?;
+        write_atomically(path, |out| out.write_all(&bytes).map_err(|e| Error::io("write", path, e)))
     }
 }
 

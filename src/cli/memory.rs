@@ -1,6 +1,6 @@
 //! The table of `varft doctor`: what models take to train, side by side.
 
-use super::session::model_in;
+use super::session::model_folder;
 use crate::Result;
 use crate::device::{DType, Device};
 use crate::model::{Config, Preset};
@@ -18,7 +18,7 @@ pub(super) fn models(dir: Option<&Path>) -> Result<Vec<(String, Config)>> {
     let mut all: Vec<_> = [Preset::B3, Preset::B7].map(|p| (p.to_string(), p.config())).into();
     if let Some(dir) = dir {
         let name = dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
-        all.push((name, Config::load(Path::new(&model_in(dir)?.path))?));
+        all.push((name, Config::load(&model_folder(dir)?)?));
     }
     Ok(all)
 }

@@ -69,17 +69,86 @@ fn threads(text: &str) -> std::result::Result<usize, String> {
     within.ok_or_else(|| "a whole number up to 1024 is needed (0 for all cores)".into())
 }
 
-/// Checks that a model's folder is there at all, before one of its files is missed.
+/// Reads a whole number within `range`.
+fn whole<T: TryFrom<u64>>(
+    range: std::ops::RangeInclusive<u64>,
+) -> impl Fn(&str) -> std::result::Result<T, String> + Clone + Send + Sync {
+    move |text| {
+        let within = text.parse().ok().filter(|n| range.contains(n)).and_then(|n| T::try_from(n).ok());
+        within.ok_or_else(|| format!("a whole number from {} to {} is needed", range.start(), range.end()))
+    }
+}
+
+/// Reads `--seed`.
+fn seed(text: &str) -> std::result::Result<u64, String> {
+    text.parse().map_err(|_| format!("a whole number from 0 to {} is needed", u64::MAX))
+}
+
+/// Reads a temperature.
+fn temperature(text: &str) -> std::result::Result<f32, String> {
+    let within = text.parse().ok().filter(|t: &f32| *t == 0.0 || (*t > 0.0 && t.is_finite() && t.recip().is_finite()));
+    within.ok_or_else(|| "a number of at least 0 is needed (0 takes the likeliest token each time)".into())
+}
+
+/// Reads a probability that is not 0.
+fn probability(text: &str) -> std::result::Result<f32, String> {
+    let within = text.parse().ok().filter(|p: &f32| *p > 0.0 && *p <= 1.0);
+    within.ok_or_else(|| "a number above 0 and at most 1 is needed".into())
+}
+
+/// Checks that `dir` is a model's folder at all, before one of its files is missed.
+///
+/// # Errors
+/// [`Error::Input`] that says what it looks like instead.
 fn check_model_folder(dir: &Path) -> Result<()> {
-    if dir.is_dir() {
+    if dir.join("config.json").is_file() {
         return Ok(());
     }
-    let what = if dir.exists() { "this is a file, not a model's folder" } else { "there is no such folder" };
-    Err(Error::input(
-        format!("{}: {what}", dir.display()),
-        "name a model's folder (config.json, model*.safetensors, tokenizer.json) or a run's; `varft init tiny DIR` makes a small \
-         model",
-    ))
+    let shown = dir.display();
+    let (what, mend) = match dir.is_dir() {
+        false if dir.exists() => (format!("{shown}: this is a file, not a model's folder"), A_MODEL.to_owned()),
+        false => (format!("{shown}: there is no such folder"), A_MODEL.to_owned()),
+        true => {
+            let (looks, mend) = looks_like(dir);
+            (format!("there is no model in {shown}: {looks}"), mend)
+        }
+    };
+    Err(Error::input(what, mend))
+}
+
+/// What names a model.
+const A_MODEL: &str = "name a model's folder (config.json, model*.safetensors, tokenizer.json) or a run's; `varft init tiny DIR` \
+                       makes a small model";
+
+/// What a folder without a model's `config.json` looks like, and what to name instead.
+fn looks_like(dir: &Path) -> (String, String) {
+    let mut names: Vec<_> = dir.read_dir().into_iter().flatten().flatten().map(|e| e.file_name()).collect();
+    names.sort();
+    let with = |file: &str| names.iter().find(|n| dir.join(n).join(file).is_file()).map(|n| dir.join(n));
+    let ends = |end: &str| names.iter().any(|n| n.to_string_lossy().ends_with(end));
+    if let Some(run) = with(session::CONFIG_FILE) {
+        return ("it looks like a folder of runs".into(), format!("name one of them, such as {}", run.display()));
+    }
+    if let Some(model) = with("config.json") {
+        return ("it looks like a folder of models".into(), format!("name one of them, such as {}", model.display()));
+    }
+    if ends(".safetensors") {
+        return (
+            "it has weights, but no config.json".into(),
+            "put the model's config.json and tokenizer.json beside them".into(),
+        );
+    }
+    let looks = match names.first() {
+        None => "the folder is empty".into(),
+        Some(first) => format!("it has no config.json, but such as {}", first.to_string_lossy()),
+    };
+    (looks, A_MODEL.into())
+}
+
+/// This program as a shell finds it again: as it was called.
+fn program() -> String {
+    let called = std::env::args_os().next().filter(|name| !name.is_empty());
+    session::quoted(Path::new(&called.unwrap_or_else(|| "varft".into())))
 }
 
 /// Reads the command line, runs the command, prints its error if it has one.

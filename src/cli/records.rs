@@ -1,7 +1,7 @@
 //! The folder that `eval` and `rollout` fill: episodes with their images, figures, a report.
 
 use super::device::{DeviceArgs, settle};
-use super::session::{CONFIG_FILE, quoted, trained};
+use super::session::{CONFIG_FILE, model_folder, quoted, trained};
 use crate::model::write_atomically;
 use crate::report::{MetricsLog, TrajectoryStore};
 use crate::train::RunConfig;
@@ -28,12 +28,13 @@ pub(super) struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// The configuration that the command line describes; its `model.path` is the model to use, its device is settled.
+    /// The configuration that the command line describes, and after it `more` overrides; its `model.path` is the folder of the
+    /// model to use, its device is settled.
     ///
     /// # Errors
     /// As [`RunConfig::read`]; and where the folder is not a run's, or the model's is not there.
-    pub fn config(&self) -> Result<RunConfig> {
-        let overrides = self.device.with(&self.overrides);
+    pub fn config(&self, more: &[String]) -> Result<RunConfig> {
+        let overrides = self.device.with(&[&self.overrides[..], more].concat());
         let mut config = match &self.file {
             Some(dir) if dir.is_dir() => trained(dir, &overrides)?,
             file => RunConfig::read(file.as_deref(), &overrides)?,
@@ -43,7 +44,7 @@ impl ModelArgs {
         }
         // None at all is another error, which says how to name one.
         if !config.model.path.is_empty() {
-            super::check_model_folder(Path::new(&config.model.path))?;
+            config.model.path = model_folder(Path::new(&config.model.path))?.display().to_string();
         }
         settle(&mut config);
         Ok(config)
@@ -69,11 +70,18 @@ pub(super) struct Records {
 }
 
 impl Records {
-    /// Makes the folder. `result`: the file by which it is known that there are results in it.
+    /// That there is nothing in the folder that would be overwritten. `result`: the file by which it is known that there are
+    /// results in it.
     ///
     /// # Errors
-    /// [`Error::Input`] where results would be overwritten, [`Error::Io`] where the folder cannot be made.
-    pub fn create(dir: &Path, result: &str) -> Result<Records> {
+    /// [`Error::Input`] where there is.
+    pub fn check(dir: &Path, result: &str) -> Result<()> {
+        if dir.exists() && !dir.is_dir() {
+            return Err(Error::input(
+                format!("{}: this is a file, and a folder is to be made", dir.display()),
+                "name another one with --out",
+            ));
+        }
         // What was killed early, or found the disk full, leaves files of nothing.
         let holds = |f: &&str| dir.join(f).metadata().is_ok_and(|m| m.len() > 0);
         if [result, "metrics.jsonl", CONFIG_FILE].iter().any(holds) {
@@ -82,6 +90,14 @@ impl Records {
                 "name another one with --out, or remove it",
             ));
         }
+        Ok(())
+    }
+
+    /// Makes the folder, which [`check`](Self::check) found free: when everything that is read has been.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where it cannot be made.
+    pub fn create(dir: &Path) -> Result<Records> {
         Ok(Records { dir: dir.to_path_buf(), store: TrajectoryStore::open(dir)? })
     }
 

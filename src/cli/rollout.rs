@@ -10,7 +10,6 @@ use crate::tasks::{Example, Examples};
 use crate::train::room::Work;
 use crate::train::run::{episode_metrics, views};
 use crate::{Error, Result};
-use clap::builder::RangedU64ValueParser;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -30,10 +29,10 @@ pub(super) struct Args {
     #[command(flatten)]
     from: ModelArgs,
     /// Questions
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=1 << 32))]
+    #[arg(long, default_value_t = 16, allow_negative_numbers = true, value_parser = super::whole::<u64>(1..=1 << 32))]
     items: u64,
     /// Episodes per question
-    #[arg(long, default_value_t = 1, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 16))]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = super::whole::<usize>(1..=1 << 16))]
     samples: usize,
     /// Ask the held-out questions, not those of training
     #[arg(long)]
@@ -46,8 +45,8 @@ const BATCH: usize = 256;
 const SHOWN: usize = 160;
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let config = args.from.config()?;
-    let records = Records::create(&args.from.out, FILE)?;
+    let config = args.from.config(&[])?;
+    Records::check(&args.from.out, FILE)?;
     let stop = stop_on_signal()?;
     let all: Arc<dyn Examples> = match args.held_out {
         true => Arc::new(HeldOut(held_out_examples(&config, &stop)?)),
@@ -58,6 +57,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     fit::check(&config, &loaded.folder, fit::first(&*all, args.items))?;
     let engine = loaded.engine(&config)?;
     let rollouts = loaded.rollouts(&config, &engine, tool, &stop);
+    let records = Records::create(&args.from.out)?;
 
     let path = records.dir.join(FILE);
     let failed = |e| Error::io("write the episodes", &path, e);

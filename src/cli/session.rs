@@ -4,13 +4,16 @@ use super::device::{DeviceArgs, settle};
 use super::setup::Loaded;
 use crate::model::write_atomically;
 use crate::train::checkpoint::{Checkpoint, Checkpoints, TrainState};
-use crate::train::config::{Model as ModelConfig, Place};
+use crate::train::config::Place;
 use crate::train::learner::Learner;
 use crate::train::run::{Keeper, OPTIMIZER_FILE};
+use crate::train::schedule::Decay;
 use crate::train::{RunConfig, grpo::Finished};
 use crate::{Error, Result};
+use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,17 +41,35 @@ impl RunArgs {
     /// The configuration that the command line describes, on a device that is settled.
     ///
     /// # Errors
-    /// As [`RunConfig::read`].
+    /// As [`RunConfig::read`] and [`model_folder`].
     pub fn config(&self) -> Result<RunConfig> {
         let mut config = self.described()?;
         let file = config.run_dir().join(CONFIG_FILE);
         if self.resume && config.run.device == Place::Auto && file.is_file() {
             config.run.device = RunConfig::read(Some(&file), &[])?.run.device;
         }
+        // None at all is another error, which says how to name one.
+        if !config.model.path.is_empty() {
+            config.model.path = self.model(&config)?.display().to_string();
+        }
         settle(&mut config);
         Ok(config)
     }
 
+    /// The folder of the model that `config` names. A run that goes on keeps the one that it began with, also where that was
+    /// another run's newest checkpoint and is not any more.
+    fn model(&self, config: &RunConfig) -> Result<PathBuf> {
+        let (named, file) = (Path::new(&config.model.path), config.run_dir().join(CONFIG_FILE));
+        if self.resume && file.is_file() {
+            let began_with = PathBuf::from(RunConfig::read(Some(&file), &[])?.model.path);
+            if began_with.starts_with(named.join(CHECKPOINTS)) && began_with.is_dir() {
+                return Ok(began_with);
+            }
+        }
+        model_folder(named)
+    }
+
+    /// The configuration with the names of model and device as they were given.
     fn described(&self) -> Result<RunConfig> {
         let overrides = self.device.with(&self.overrides);
         match &self.file {
@@ -66,6 +87,9 @@ impl RunArgs {
         }
     }
 }
+
+/// The folder of a run's checkpoints.
+const CHECKPOINTS: &str = "checkpoints";
 
 /// The configuration, complete, in a run's folder.
 pub(super) const CONFIG_FILE: &str = "config.toml";
@@ -100,26 +124,53 @@ pub(super) fn trained(dir: &Path, overrides: &[String]) -> Result<RunConfig> {
     Ok(config)
 }
 
-/// The model that `dir` names: itself, or the one that the run in this folder has trained. Gives its folder as `path`, and how
-/// large it is shown images, which for a run is as the run says.
+/// The folder of the model that `named` stands for: itself, or, where it is a run's, that of its newest checkpoint or, before
+/// there is one, of the model that the run began with.
 ///
 /// # Errors
-/// As [`trained`], and where the model's folder is not there.
-pub(super) fn model_in(dir: &Path) -> Result<ModelConfig> {
-    let described = dir.join(CONFIG_FILE).is_file();
-    let weights = dir.join("checkpoints");
+/// As [`trained`], and where there is no model.
+pub(super) fn model_folder(named: &Path) -> Result<PathBuf> {
+    let (described, weights) = (named.join(CONFIG_FILE).is_file(), named.join(CHECKPOINTS));
     if !described && weights.is_dir() {
         return Err(Error::input(
-            format!("{}: the folder of a run, without its {CONFIG_FILE}", dir.display()),
+            format!("{}: the folder of a run, without its {CONFIG_FILE}", named.display()),
             format!("put that file back, or name one of the models in {}", weights.display()),
         ));
     }
-    let model = match described {
-        true => trained(dir, &[])?.model,
-        false => ModelConfig { path: dir.display().to_string(), ..ModelConfig::default() },
+    let folder = match described {
+        true => PathBuf::from(trained(named, &[])?.model.path),
+        false => named.to_path_buf(),
     };
-    super::check_model_folder(Path::new(&model.path))?;
-    Ok(model)
+    super::check_model_folder(&folder)?;
+    Ok(folder)
+}
+
+/// A model of a run.
+pub(super) struct OfRun {
+    /// That of the run; its `model.path` is the model's folder.
+    pub config: RunConfig,
+    /// The command that trains it, `train` or `sft`, where it has a checkpoint.
+    pub kind: Option<String>,
+}
+
+/// The run of the model that `dir` stands for as [`model_folder`] has it: the one whose folder `dir` is, or whose checkpoint. None
+/// for a model of no run.
+///
+/// # Errors
+/// As [`trained`], and where there is no model.
+pub(super) fn run_of(dir: &Path) -> Result<Option<OfRun>> {
+    let folder = model_folder(dir)?;
+    let full = dir.canonicalize().map_err(|e| Error::io("find", dir, e))?;
+    let checkpoints = full.parent().filter(|p| p.file_name().is_some_and(|n| n == CHECKPOINTS));
+    let run = match dir.join(CONFIG_FILE).is_file() {
+        true => Some(dir),
+        false => checkpoints.and_then(Path::parent).filter(|run| run.join(CONFIG_FILE).is_file()),
+    };
+    let Some(run) = run else { return Ok(None) };
+    let mut config = RunConfig::read(Some(&config_file(run)?), &[])?;
+    config.model.path = folder.display().to_string();
+    let kind = Checkpoints::new(run, 0).latest_listed()?.0.map(|c| c.state.kind);
+    Ok(Some(OfRun { config, kind }))
 }
 
 /// A run's folder, held by this process.
@@ -131,8 +182,7 @@ pub(super) struct Session {
     /// The command that goes on with the run.
     pub resume_command: String,
     checkpoint: Option<Checkpoint>,
-    /// Held while this lives.
-    _lock: File,
+    held: Held,
 }
 
 impl Session {
@@ -158,11 +208,7 @@ impl Session {
                 "check run.dir and run.name, or begin the run without --resume",
             ));
         }
-        // None at all is another error, which says how to name one.
-        if !config.model.path.is_empty() {
-            super::check_model_folder(Path::new(&config.model.path))?;
-        }
-        let lock = hold(&dir)?;
+        let held = hold(&dir)?;
         let mut checkpoint = None;
         if resume {
             let earlier = RunConfig::read(Some(&config_file), &[])?;
@@ -188,15 +234,15 @@ impl Session {
             None => begun(kind),
         };
         if resume {
-            note!("{}: going on after step {} of {}", dir.display(), state.step, config.optim.steps);
+            note!("{}: {}", dir.display(), goes_on(config, &state, &resume_command));
         }
-        Ok(Session { dir, state, resume_command, checkpoint, _lock: lock })
+        Ok(Session { dir, state, resume_command, checkpoint, held })
     }
 
-    /// Begins the run of `config` in its folder, which `lock` holds and where there is none.
-    pub fn anew(config: &RunConfig, kind: &str, lock: File) -> Session {
+    /// Begins the run of `config` in its folder, which is `held` and where there is none.
+    pub fn anew(config: &RunConfig, kind: &str, held: Held) -> Session {
         let dir = config.run_dir();
-        Session { resume_command: resume_command(kind, &dir), dir, state: begun(kind), checkpoint: None, _lock: lock }
+        Session { resume_command: resume_command(kind, &dir), dir, state: begun(kind), checkpoint: None, held }
     }
 
     /// The folder of the weights to go on from; none for those that the run begins with.
@@ -220,6 +266,7 @@ impl Session {
     /// # Errors
     /// [`Error::Io`] on the folder.
     pub fn keeper(&self, config: &RunConfig, loaded: &Loaded) -> Result<Keeper> {
+        self.held.keep();
         let (text, file) = (config.to_toml()?, self.dir.join(CONFIG_FILE));
         write_atomically(&file, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io("write", &file, e)))?;
         let (tokenizer, companions) = (loaded.folder.tokenizer.clone(), loaded.folder.companions.clone());
@@ -264,13 +311,34 @@ impl Session {
     }
 }
 
+/// What is left of a run that is gone on with.
+fn goes_on(config: &RunConfig, state: &TrainState, resume_command: &str) -> String {
+    let (step, steps) = (state.step, config.optim.steps);
+    if step < steps {
+        return format!("going on after step {step} of {steps}");
+    }
+    match config.optim.schedule {
+        Decay::Constant => {
+            format!(
+                "complete: all {steps} steps are taken; for more of them: {resume_command} --set optim.steps=NUMBER"
+            )
+        }
+        // It has brought the learning rate to its end.
+        _ => format!(
+            "complete: all {steps} steps are taken, and optim.schedule ends with them; for more, begin another run with this one as \
+             its model: --set model.path={} --set run.name=NAME",
+            quoted(&config.run_dir())
+        ),
+    }
+}
+
 /// Where a run of the command `kind` begins.
 fn begun(kind: &str) -> TrainState {
     TrainState { kind: kind.to_owned(), step: 0, updates: 0 }
 }
 
 fn resume_command(kind: &str, dir: &Path) -> String {
-    format!("varft {kind} {} --resume", quoted(dir))
+    format!("{} {kind} {} --resume", super::program(), quoted(dir))
 }
 
 /// A path as a POSIX shell reads it.
@@ -286,23 +354,58 @@ pub(super) fn quoted(path: &Path) -> String {
 /// The file whose lock holds a run's folder.
 pub(super) const LOCK_FILE: &str = ".lock";
 
+/// A run's folder that no other process works on. Until it is [kept](Held::keep) it leaves as little as there was: what could not
+/// begin drops it, and with it its lock and the folders that were made for it.
+#[derive(Debug)]
+pub(super) struct Held {
+    dir: PathBuf,
+    /// Its lock, held as long as it is open.
+    _lock: File,
+    /// Folders that were not there, the innermost first.
+    made: Vec<PathBuf>,
+    kept: Cell<bool>,
+}
+
+impl Held {
+    /// From here on there is something in the folder.
+    pub fn keep(&self) {
+        self.kept.set(true);
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if !self.kept.get() {
+            // While the lock is held, which nobody else's can be. What is not empty stays.
+            let _ = std::fs::remove_file(self.dir.join(LOCK_FILE));
+            let _ = self.made.iter().try_for_each(std::fs::remove_dir);
+        }
+    }
+}
+
 /// Takes the folder for this process, and makes it where there is none. The system lets go of it when the process ends,
 /// however it ends.
 ///
 /// # Errors
 /// [`Error::Input`] where another process has it, [`Error::Io`] on the folder.
-pub(super) fn hold(dir: &Path) -> Result<File> {
+pub(super) fn hold(dir: &Path) -> Result<Held> {
+    let missing = |d: &&Path| !d.as_os_str().is_empty() && !d.exists();
+    let made = dir.ancestors().take_while(missing).map(Path::to_path_buf).collect();
     std::fs::create_dir_all(dir).map_err(|e| Error::io("create the run's folder", dir, e))?;
     let path = dir.join(LOCK_FILE);
     let file = File::create(&path).map_err(|e| Error::io("write", &path, e))?;
     // SAFETY: the descriptor is open.
-    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+    let locked = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0;
+    let id = |m: std::fs::Metadata| (m.dev(), m.ino());
+    // Who dropped it meanwhile has removed the file that was opened here.
+    let there = || file.metadata().map(id).ok() == path.metadata().map(id).ok();
+    if !locked || !there() {
         return Err(Error::input(
             format!("{}: another process is at work on this run", dir.display()),
             "wait until it has ended, or end it",
         ));
     }
-    Ok(file)
+    Ok(Held { dir: dir.to_path_buf(), _lock: file, made, kept: Cell::new(false) })
 }
 
 /// A flag that Ctrl-C (or a request to terminate) raises; the second time, the process ends at once.
@@ -316,7 +419,7 @@ pub(super) fn stop_on_signal() -> Result<Arc<AtomicBool>> {
         if raised.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        note!("\nstopping: what is complete is being saved (again to end at once)");
+        note!("\nstopping as soon as that can be done (again to end at once)");
     })
     .map_err(|e| Error::internal(format!("cannot watch for Ctrl-C: {e}")))?;
     Ok(stop)
@@ -325,6 +428,23 @@ pub(super) fn stop_on_signal() -> Result<Arc<AtomicBool>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_run_that_is_complete_says_how_to_have_more_of_it() {
+        let mut config = RunConfig::default();
+        let at = |step| TrainState { step, ..begun("train") };
+        let told = |config: &RunConfig, step| goes_on(config, &at(step), "varft train runs/run --resume");
+        let steps = config.optim.steps;
+        assert_eq!(told(&config, steps - 1), format!("going on after step {} of {steps}", steps - 1));
+        let constant = told(&config, steps);
+        assert!(
+            constant.contains("complete") && constant.contains("runs/run --resume --set optim.steps="),
+            "{constant}"
+        );
+        config.optim.schedule = Decay::Linear;
+        let linear = told(&config, steps);
+        assert!(linear.contains("complete") && linear.contains("--set model.path=runs/run"), "{linear}");
+    }
 
     #[test]
     fn a_shell_reads_a_quoted_path_as_it_is() {

@@ -350,18 +350,26 @@ pub(super) fn training_examples(config: &RunConfig) -> Result<Arc<dyn Examples>>
     })
 }
 
+/// Where the questions to measure on come from.
+///
+/// # Errors
+/// What is wrong with the files of the task.
+pub(super) fn held_out_source(config: &RunConfig) -> Result<Arc<dyn Examples>> {
+    Ok(match config.task.kind {
+        TaskKind::Mat => Arc::new(mat(config, "task.eval", &config.task.eval)?),
+        TaskKind::Synthetic => {
+            let items = config.task.eval_items as u64;
+            Arc::new(SyntheticExamples { task: synthetic_task(config)?, subset: Subset::HeldOut, items })
+        }
+    })
+}
+
 /// The questions to measure on, all in memory; `stop` ends their making.
 ///
 /// # Errors
-/// What is wrong with the files of the task; [`Error::Cancelled`] where `stop` was raised.
+/// As [`held_out_source`], and what is wrong with a question's image; [`Error::Cancelled`] where `stop` was raised.
 pub(super) fn held_out_examples(config: &RunConfig, stop: &AtomicBool) -> Result<Vec<Arc<Example>>> {
-    let wanted = config.task.eval_items as u64;
-    let source: Arc<dyn Examples> = match config.task.kind {
-        TaskKind::Mat => Arc::new(mat(config, "task.eval", &config.task.eval)?),
-        TaskKind::Synthetic => {
-            Arc::new(SyntheticExamples { task: synthetic_task(config)?, subset: Subset::HeldOut, items: wanted })
-        }
-    };
+    let (source, wanted) = (held_out_source(config)?, config.task.eval_items as u64);
     let n = if wanted == 0 { source.len() } else { wanted.min(source.len()) };
     let get = |i| match stop.load(Ordering::Relaxed) {
         true => Err(Error::Cancelled("stopped before the first question was asked".into())),

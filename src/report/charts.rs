@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 /// How a figure reads.
 #[derive(Clone, Copy, PartialEq)]
-enum Unit {
+pub(super) enum Unit {
     Plain,
     /// A share of one, shown as percent.
     Percent,
@@ -93,9 +93,14 @@ const PANELS: &[(&str, Unit, &[Known])] = &[
 
 const HUES: usize = 8;
 
+/// Figures that are set, only ever rise, or count what is rare: a running mean of them is none of their values.
+const AS_LOGGED: [&str; 6] =
+    ["optim/lr", "optim/skipped", "memory/peak_mib", "episodes/masked", "episodes/void", "eval/void"];
+
 /// One curve.
+#[derive(Clone)]
 struct Series {
-    /// In the metrics.
+    /// In the metrics; of curves that are the same, all of them.
     name: String,
     label: String,
     hue: usize,
@@ -125,11 +130,16 @@ pub(super) fn charts(records: &[Record]) -> String {
             panels.push((title.to_string(), *unit, series));
         }
     }
-    for (i, (name, points)) in by_name.into_iter().enumerate() {
+    // The page has a table of these.
+    let by_kind = |name: &str| ["eval/f1/", "eval/n/", "withheld/"].iter().any(|group| name.starts_with(group));
+    for (i, (name, points)) in by_name.into_iter().filter(|(name, _)| !by_kind(name)).enumerate() {
         let series = Series { name: name.into(), label: name.into(), hue: i % HUES, points };
         panels.push((name.into(), Unit::Plain, vec![series]));
     }
-    let (flat, curves): (Vec<_>, Vec<_>) = panels.into_iter().partition(|(.., series)| series.iter().all(is_flat));
+    // One step makes no curve.
+    let one = records.iter().all(|r| r.step == records[0].step);
+    let (flat, curves): (Vec<_>, Vec<_>) =
+        panels.into_iter().partition(|(.., series)| one || series.iter().all(is_flat));
     let mut html = String::new();
     if !curves.is_empty() {
         html.push_str("<div class=\"panels\">");
@@ -137,7 +147,8 @@ pub(super) fn charts(records: &[Record]) -> String {
         html.push_str("</div>");
     }
     if !flat.is_empty() {
-        html.push_str("<p class=\"flat\">The same at every step: ");
+        html.push_str("<p class=\"flat\">");
+        html.push_str(if one { "" } else { "The same at every step: " });
         for (i, (title, unit, series)) in flat.iter().enumerate() {
             let _ = write!(html, "{}{}", if i > 0 { " · " } else { "" }, Escaped(title));
             for (j, s) in series.iter().enumerate() {
@@ -159,7 +170,6 @@ fn is_flat(s: &Series) -> bool {
 
 const WIDTH: f64 = 400.0;
 const HEIGHT: f64 = 190.0;
-const LEFT: f64 = 48.0;
 const RIGHT: f64 = 12.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 24.0;
@@ -168,25 +178,56 @@ const MAX_POINTS: usize = 500;
 /// From this many points on a running mean is drawn over the raw curve.
 const SMOOTH_FROM: usize = 30;
 
+/// The curves as they are drawn: with fewer points, and those that are the same as one.
+fn drawn(series: &[Series]) -> Vec<Series> {
+    let mut out: Vec<Series> = Vec::new();
+    for s in series {
+        match out.iter_mut().find(|o| o.points.len() > 1 && o.points == s.points) {
+            Some(same) => {
+                same.label += &format!(" = {}", s.label);
+                same.name += &format!(" · {}", s.name);
+            }
+            None => out.push(s.clone()),
+        }
+    }
+    out.iter_mut().for_each(|s| s.points = thin(&s.points, MAX_POINTS));
+    out
+}
+
+/// The curve to read: the running mean of one with many points, or else itself.
+fn read(s: &Series) -> Option<Vec<(f64, f64)>> {
+    (s.points.len() >= SMOOTH_FROM && !AS_LOGGED.contains(&s.name.as_str())).then(|| running_mean(&s.points))
+}
+
+/// Where a figure began and where it is, as its curve reads.
+pub(super) fn ends(values: &[f64]) -> Option<(f64, f64)> {
+    let points: Vec<(f64, f64)> = values.iter().enumerate().map(|(i, y)| (i as f64, *y)).collect();
+    let began = match values.len() >= SMOOTH_FROM {
+        true => values[..values.len() / 20].iter().sum::<f64>() / (values.len() / 20) as f64,
+        false => *values.first()?,
+    };
+    let is = if values.len() >= SMOOTH_FROM { running_mean(&points) } else { points };
+    Some((began, is.last()?.1))
+}
+
+/// The width of a label of ticks, in the panel's units; on the safe side.
+fn width(label: &str) -> f64 {
+    6.3 * label.chars().count() as f64
+}
+
 fn panel(html: &mut String, title: &str, unit: Unit, series: &[Series]) {
-    let series: Vec<Series> = series
-        .iter()
-        .map(|s| Series {
-            name: s.name.clone(),
-            label: s.label.clone(),
-            hue: s.hue,
-            points: thin(&s.points, MAX_POINTS),
-        })
-        .collect();
+    let shared = series.len() > 1;
+    let series = drawn(series);
     let finite = || series.iter().flat_map(|s| &s.points).filter(|p| p.1.is_finite());
     let fold = |f: fn(f64, f64) -> f64, pick: fn(&(f64, f64)) -> f64| finite().map(pick).reduce(f);
     let xs = (fold(f64::min, |p| p.0), fold(f64::max, |p| p.0));
     let ys = (fold(f64::min, |p| p.1), fold(f64::max, |p| p.1));
     let _ = write!(html, "<figure class=\"panel\"><figcaption><b>{}</b><span class=\"legend\">", Escaped(title));
     for s in &series {
-        let last = s.points.iter().rev().find(|p| p.1.is_finite());
+        let smooth = read(s);
+        let last = smooth.as_ref().unwrap_or(&s.points).iter().rev().find(|p| p.1.is_finite());
         let last = last.map_or("-".into(), |p| value(p.1, unit));
-        let label = if series.len() > 1 { s.label.as_str() } else { "" };
+        let label = if shared { s.label.as_str() } else { "" };
         let _ = write!(html, "<span class=\"key h{}\">{} <i>{last}</i></span>", s.hue, Escaped(label));
     }
     html.push_str("</span></figcaption>");
@@ -202,31 +243,34 @@ fn panel(html: &mut String, title: &str, unit: Unit, series: &[Series]) {
     };
     let (y0, y1) = (y_ticks[0], y_ticks[y_ticks.len() - 1]);
     let (x0, x1) = if x1 > x0 { (x0, x1) } else { (x0 - 0.5, x0 + 0.5) };
-    let px = |x: f64| LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT);
+    let labels: Vec<String> = y_ticks.iter().map(|&t| tick_label(t, y_ticks[1] - y_ticks[0], unit)).collect();
+    let left = labels.iter().map(|l| width(l)).fold(24.0, f64::max) + 10.0;
+    let px = |x: f64| left + (x - x0) / (x1 - x0) * (WIDTH - left - RIGHT);
     let py = |y: f64| HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
     let _ = write!(
         html,
-        "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\" data-frame=\"{LEFT} {RIGHT} {TOP} \
+        "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\" data-frame=\"{left} {RIGHT} {TOP} \
          {BOTTOM} {x0} {x1} {y0} {y1}\" data-percent=\"{}\" data-series=\"{}\">",
         Escaped(title),
         u8::from(unit == Unit::Percent),
         Escaped(&series_json(&series))
     );
-    for &t in &y_ticks {
+    for (&t, label) in y_ticks.iter().zip(&labels) {
         let y = py(t);
         let _ = write!(
             html,
-            "<path class=\"grid\" d=\"M{LEFT} {y:.1}H{:.1}\"/><text class=\"ty\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+            "<path class=\"grid\" d=\"M{left} {y:.1}H{:.1}\"/><text class=\"ty\" x=\"{:.1}\" y=\"{:.1}\">{label}</text>",
             WIDTH - RIGHT,
-            LEFT - 6.0,
+            left - 6.0,
             y + 3.5,
-            tick_label(t, y_ticks[1] - y_ticks[0], unit)
         );
     }
     for t in ticks(x0, x1, 5).into_iter().filter(|t| t.fract() == 0.0 && (x0..=x1).contains(t)) {
-        let _ = write!(html, "<text class=\"tx\" x=\"{:.1}\" y=\"{:.1}\">{t}</text>", px(t), HEIGHT - 7.0);
+        let (label, half) = (t.to_string(), width(&t.to_string()) / 2.0);
+        let x = px(t).min(WIDTH - half);
+        let _ = write!(html, "<text class=\"tx\" x=\"{x:.1}\" y=\"{:.1}\">{label}</text>", HEIGHT - 7.0);
     }
-    for s in &series {
+    for (i, s) in series.iter().enumerate() {
         let path = |points: &[(f64, f64)]| {
             let mut d = String::new();
             let mut pen = 'M';
@@ -238,12 +282,14 @@ fn panel(html: &mut String, title: &str, unit: Unit, series: &[Series]) {
             }
             d
         };
-        let smooth = s.points.len() >= SMOOTH_FROM;
-        let raw = if smooth { " raw" } else { "" };
-        let _ = write!(html, "<path class=\"line h{}{raw}\" d=\"{}\"/>", s.hue, path(&s.points));
-        if smooth {
-            let _ = write!(html, "<path class=\"line h{}\" d=\"{}\"/>", s.hue, path(&running_mean(&s.points)));
-        } else {
+        let smooth = read(s);
+        // Dashes let a curve that runs with another one be seen.
+        let dashed = if i > 0 { " over" } else { "" };
+        let kind = if smooth.is_some() { " raw" } else { dashed };
+        let _ = write!(html, "<path class=\"line h{}{kind}\" d=\"{}\"/>", s.hue, path(&s.points));
+        if let Some(smooth) = smooth {
+            let _ = write!(html, "<path class=\"line h{}{dashed}\" d=\"{}\"/>", s.hue, path(&smooth));
+        } else if s.points.len() < SMOOTH_FROM {
             for p in s.points.iter().filter(|p| p.1.is_finite()) {
                 let _ = write!(
                     html,
@@ -343,8 +389,9 @@ fn tick_label(t: f64, step: f64, unit: Unit) -> String {
 }
 
 /// A figure as it reads beside a label.
-fn value(v: f64, unit: Unit) -> String {
+pub(super) fn value(v: f64, unit: Unit) -> String {
     match v.abs() {
+        a if !a.is_finite() => "-".into(),
         _ if unit == Unit::Percent => format!("{:.1}%", v * 100.0),
         a if a != 0.0 && !(1e-3..1e6).contains(&a) => format!("{v:.2e}"),
         a if a >= 100.0 => format!("{v:.0}"),
@@ -380,8 +427,10 @@ mod tests {
             flat.contains("<b title=\"episodes/void\">0</b>") && flat.contains("<b title=\"eval/format\">100.0%</b>")
         );
         assert!(!flat.contains("optim/lr"));
-        // One step says nothing about what changes.
-        assert_eq!(charts(&[record(1, &figures(0.0, 0.5))]).matches("<figure").count(), 3);
+        // One step says nothing about what changes, and makes no curve.
+        let one = charts(&[record(1, &figures(0.0, 0.5))]);
+        assert!(!one.contains("<figure") && !one.contains("same at every step"), "{one}");
+        assert_eq!(one.matches("<b title=").count(), figures(0.0, 0.5).len());
     }
 
     #[test]
@@ -392,7 +441,54 @@ mod tests {
         let d = html.split("class=\"line h7\" d=\"").nth(1).unwrap().split('"').next().unwrap();
         assert_eq!((d.matches('M').count(), d.matches('L').count()), (2, 1));
         for v in [f64::NAN, -1.7e308] {
-            assert!(charts(&[record(0, &[("loss", v)])]).contains("no finite value"));
+            assert!(charts(&[0, 1].map(|step| record(step, &[("loss", v)]))).contains("no finite value"));
+        }
+    }
+
+    #[test]
+    fn what_is_read_is_the_smooth_curve_and_what_is_set_stays_as_it_was_logged() {
+        let noisy = |i: u64| if i.is_multiple_of(2) { 1.0 } else { 3.0 };
+        let r: Vec<Record> =
+            (0..400).map(|i| record(i, &[("reward/mean", noisy(i)), ("optim/lr", noisy(i))])).collect();
+        let html = charts(&r);
+        let legend = |title: &str| {
+            let panel = html.split(title).nth(1).unwrap();
+            panel.split("<i>").nth(1).unwrap().split("</i>").next().unwrap().parse::<f64>().unwrap()
+        };
+        assert!((legend("<b>Reward") - 2.0).abs() < 0.1 && legend("<b>Learning rate") == 3.0, "{html}");
+        assert_eq!(html.matches(" raw\"").count(), 1);
+        let (began, is) = ends(&(0..400).map(noisy).collect::<Vec<_>>()).unwrap();
+        assert!((began - 2.0).abs() < 1e-9 && (is - 2.0).abs() < 0.1, "{began} {is}");
+        assert_eq!((ends(&[]), ends(&[1.0, 5.0])), (None, Some((1.0, 5.0))));
+    }
+
+    #[test]
+    fn curves_that_are_the_same_are_one_and_others_are_told_apart() {
+        let r = |em: f64| [0, 1].map(|s| record(s, &[("eval/f1", s as f64 * 0.5), ("eval/em", s as f64 * em)]));
+        let same = charts(&r(0.5));
+        assert!(same.contains("F1 = exact match <i>50.0%</i>") && same.matches("class=\"line").count() == 1, "{same}");
+        assert!(same.contains("eval/f1 · eval/em"), "{same}");
+        let apart = charts(&r(0.25));
+        assert!(apart.contains("class=\"line h0\"") && apart.contains("class=\"line h1 over\""), "{apart}");
+    }
+
+    /// Of each label the place where it begins and where it ends, in the panel's units.
+    #[test]
+    fn labels_of_ticks_stay_within_the_panel() {
+        for size in [1e-7, 1.0, 12_345.0, 3.4e9] {
+            let r = [0, 160_000].map(|s| record(s, &[("loss", size * (1.0 + s as f64))]));
+            let html = charts(&r);
+            let labels = |class: &str| -> Vec<(f64, f64)> {
+                let texts = html.split(&format!("class=\"{class}\" x=\"")).skip(1);
+                let one = |t: &str| {
+                    let label = t.split('>').nth(1).unwrap().split('<').next().unwrap();
+                    (t.split('"').next().unwrap().parse().unwrap(), width(label))
+                };
+                texts.map(one).collect()
+            };
+            assert!(labels("ty").len() > 1 && labels("tx").len() > 1, "{html}");
+            assert!(labels("ty").iter().all(|(x, w)| x - w >= 0.0), "{html}");
+            assert!(labels("tx").iter().all(|(x, w)| x - w / 2.0 >= 0.0 && x + w / 2.0 <= WIDTH), "{html}");
         }
     }
 

@@ -134,39 +134,82 @@ pub(super) fn bucket(
         let n = rest.iter().take_while(|e| e.group == first.group && e.question == first.question).count();
         let (group, more) = rest.split_at(n);
         rest = more;
-        html.push_str("<article class=\"group\"><div class=\"ask\">");
-        if let Some(image) = first.steps.iter().find_map(|s| s.image_before.as_ref().or(s.image_after.as_ref())) {
-            html.push_str(&images.tag(image, "the image of the question", 120.0, 90.0));
-        }
-        let (question, _) = cut(&first.question, 1000);
-        let _ = write!(
-            html,
-            "<div><div class=\"q\">{}</div><div class=\"meta\">right: <b>{}</b>",
-            Escaped(question),
-            Escaped(&first.answers.join(" | "))
-        );
-        for (what, text) in [("image", &first.kind), ("item", &first.item)] {
-            if !text.is_empty() {
-                let _ = write!(html, " · {what}: {}", Escaped(text));
-            }
-        }
-        if first.of > group.len() as u64 {
-            let _ = write!(html, " · {} of its {} episodes", group.len(), first.of);
-        }
-        html.push_str("</div></div></div>");
+        ask(html, first, group.len() as u64, images);
         let top = group.iter().map(|e| e.reward.abs()).fold(1.0, f64::max);
         // One episode is open, to be looked at without a click: the best of the first group.
         let best = group.iter().rev().max_by(|a, b| a.reward.total_cmp(&b.reward));
         for e in group {
             let open = e.group == all[0].group && best.is_some_and(|b| std::ptr::eq(b, e));
-            episode(html, e, open, top, images, limits);
+            episode(html, e, &(e.sample + 1).to_string(), open, top, images, limits);
         }
         html.push_str("</article>");
     }
     html.push_str("</section>");
 }
 
-fn episode(html: &mut String, e: &EpisodeView, open: bool, top: f64, images: &mut Images<'_>, limits: &Limits) {
+/// The question of a card, of whose group so many episodes are shown.
+fn ask(html: &mut String, first: &EpisodeView, shown: u64, images: &mut Images<'_>) {
+    html.push_str("<article class=\"group\"><div class=\"ask\">");
+    if let Some(image) = first.steps.iter().find_map(|s| s.image_before.as_ref().or(s.image_after.as_ref())) {
+        html.push_str(&images.tag(image, "the image of the question", 120.0, 90.0));
+    }
+    let (question, _) = cut(&first.question, 1000);
+    let _ = write!(
+        html,
+        "<div><div class=\"q\">{}</div><div class=\"meta\">right: <b>{}</b>",
+        Escaped(question),
+        Escaped(&first.answers.join(" | "))
+    );
+    for (what, text) in [("image", &first.kind), ("item", &first.item)] {
+        if !text.is_empty() {
+            let _ = write!(html, " · {what}: {}", Escaped(text));
+        }
+    }
+    if first.of > shown {
+        let _ = write!(html, " · {} of its {} episodes", shown, first.of);
+    }
+    html.push_str("</div></div></div>");
+}
+
+/// The held-out questions that were asked at both ends of a run, each with what was said before and after. Nothing where there
+/// is none.
+fn ends(html: &mut String, before: &[EpisodeView], after: &[EpisodeView], images: &mut Images<'_>, limits: &Limits) {
+    let both: Vec<(&EpisodeView, &EpisodeView)> = before
+        .iter()
+        .filter_map(|b| Some((b, after.iter().find(|a| (a.group, &a.question) == (b.group, &b.question))?)))
+        .take(limits.episodes / 2)
+        .collect();
+    let Some((first, last)) = both.first() else { return };
+    let _ = write!(
+        html,
+        "<section class=\"bucket\" id=\"ends\" data-phase=\"Held-out, after step\" data-step=\"{} and {}\"><h3>Held-out, before \
+         against after<span> {} questions after step {} and after step {}</span></h3>",
+        first.step,
+        last.step,
+        both.len(),
+        first.step,
+        last.step
+    );
+    for (i, (b, a)) in both.iter().enumerate() {
+        ask(html, b, 1, images);
+        let top = b.reward.abs().max(a.reward.abs()).max(1.0);
+        episode(html, b, "before", i == 0, top, images, limits);
+        episode(html, a, "after", i == 0, top, images, limits);
+        html.push_str("</article>");
+    }
+    html.push_str("</section>");
+}
+
+/// `name`: what tells it from the others of its card.
+fn episode(
+    html: &mut String,
+    e: &EpisodeView,
+    name: &str,
+    open: bool,
+    top: f64,
+    images: &mut Images<'_>,
+    limits: &Limits,
+) {
     let (class, verdict) = match (e.em >= 1.0, e.f1, &e.prediction) {
         (true, ..) => ("good", "right".to_string()),
         (_, f1, Some(_)) if f1 > 0.0 => ("mid", format!("F1 {f1:.2}")),
@@ -181,7 +224,7 @@ fn episode(html: &mut String, e: &EpisodeView, open: bool, top: f64, images: &mu
         "<details class=\"episode\"{}><summary><span class=\"num\">{}</span><span class=\"chip {class}\">{}</span>\
          <span class=\"pred\">{}</span>{}{}<span class=\"calls\">{calls} call{}",
         if open { " open" } else { "" },
-        e.sample + 1,
+        name,
         Escaped(cut(&verdict, 24).0),
         Escaped(cut(prediction, 300).0),
         reward_bar(e.reward, top),
@@ -378,6 +421,12 @@ pub(super) fn episodes(store: &TrajectoryStore, trained: bool, limits: &Limits) 
     let files = store.files()?;
     let mut shown = Shown { html: String::new(), images: String::new(), episodes: [0, 0], files: [0, files.len()] };
     let chosen = choose(&files, limits);
+    // A run opens on what it changed.
+    let held_out: Vec<&TrajectoryFile> = files.iter().filter(|f| f.phase == Phase::Eval).collect();
+    if let [before, .., after] = &held_out[..] {
+        let (before, after) = (store.read(before, limits.episodes)?.0, store.read(after, limits.episodes)?.0);
+        ends(&mut shown.html, &before, &after, &mut images, limits);
+    }
     for file in &files {
         let Some((_, max)) = chosen.iter().find(|(f, _)| f == file) else {
             shown.episodes[1] += store.count(file)?;

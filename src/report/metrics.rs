@@ -2,6 +2,7 @@ use super::EventWriter;
 use crate::model::write_atomically;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
@@ -121,6 +122,12 @@ pub fn read_metrics(run_dir: &Path) -> Result<Vec<Record>> {
         out.push(Record { step, wall_s, values });
     }
     Ok(out)
+}
+
+/// The kinds of held-out questions that `records` have figures of (`eval/f1/KIND`), in order.
+pub fn kinds(records: &[Record]) -> Vec<String> {
+    let names = records.iter().flat_map(|r| &r.values).filter_map(|(name, _)| name.strip_prefix("eval/f1/"));
+    names.collect::<BTreeSet<_>>().into_iter().map(str::to_owned).collect()
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //! | `metrics.jsonl` | [`MetricsLog`] | one JSON object per line: `step`, `wall_s`, and named figures |
 //! | `tensorboard/` | [`MetricsLog`] | the same figures as TensorBoard events |
 //! | `trajectories/PHASE-STEP.jsonl` | [`TrajectoryStore`] | one [`view::EpisodeView`] per line |
+//! | `table.txt` | `varft eval` | the table that it printed |
 //! | `trajectories/images/HASH.png` | [`TrajectoryStore`] | every image once, named by its content |
 //!
 //! [`write()`] makes `report.html` from that folder alone, at any time, also after a crash or on another machine: one
@@ -20,11 +21,12 @@ mod metrics;
 mod page;
 mod progress;
 mod store;
+mod tables;
 mod tensorboard;
 pub mod view;
 
-pub use metrics::{MetricsLog, Record, read_metrics};
-pub use page::{Limits, write, write_with};
+pub use metrics::{MetricsLog, Record, kinds, read_metrics};
+pub use page::{Limits, TABLE, write, write_with};
 pub use progress::Progress;
 pub use store::{TrajectoryFile, TrajectoryStore};
 pub use tensorboard::EventWriter;

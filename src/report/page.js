@@ -41,7 +41,8 @@
   }
   if (buckets.length) {
     controls.hidden = false;
-    show(buckets.find(b => b.id === location.hash.slice(1)) ?? buckets[buckets.length - 1]);
+    const named = id => buckets.find(b => b.id === id);
+    show(named(location.hash.slice(1)) ?? named("ends") ?? buckets[buckets.length - 1]);
     const toggle = document.getElementById("lp");
     const colour = () => document.body.classList.toggle("lp", toggle.checked);
     toggle.addEventListener("change", colour);

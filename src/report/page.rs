@@ -1,7 +1,7 @@
 use super::episodes::Shown;
 use super::escape::Escaped;
 use super::progress::duration;
-use super::{Record, TrajectoryStore, charts, episodes, read_metrics, store};
+use super::{Record, TrajectoryStore, charts, episodes, read_metrics, store, tables};
 use crate::{Error, Result};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -60,15 +60,33 @@ pub fn write_with(run_dir: &Path, limits: &Limits) -> Result<PathBuf> {
     };
     let full = run_dir.canonicalize().unwrap_or_else(|_| run_dir.to_path_buf());
     let name = full.file_name().map_or("run".into(), |n| n.to_string_lossy().into_owned());
-    let html = page(&name, steps, &records, shown.as_ref(), &config);
+    // The table of an evaluation, as it was printed.
+    let table_path = run_dir.join(TABLE);
+    let table = match crate::files::read_to_string(&table_path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+        Err(e) => return Err(Error::io("read", &table_path, e)),
+    };
+    let mut head = format!("<h1>{}</h1>", Escaped(&name));
+    tables::facts(&mut head, run_dir, &config);
+    let html = page(&name, (head, table), steps, &records, shown.as_ref(), &config);
     let path = run_dir.join("report.html");
     store::replace(&path, html.as_bytes())?;
     Ok(path)
 }
 
-fn page(name: &str, steps: u64, records: &[Record], shown: Option<&Shown>, config: &str) -> String {
-    let mut main = String::new();
-    let _ = write!(main, "<h1>{}</h1>", Escaped(name));
+/// The file of an evaluation's table, in its folder.
+pub const TABLE: &str = "table.txt";
+
+fn page(
+    name: &str,
+    (head, table): (String, String),
+    steps: u64,
+    records: &[Record],
+    shown: Option<&Shown>,
+    config: &str,
+) -> String {
+    let mut main = head;
     let wall = duration(records.last().map_or(0.0, |r| r.wall_s) as u64);
     match (steps, records.is_empty()) {
         (_, true) => main.push_str("<p class=\"sub\">no step is complete yet</p>"),
@@ -77,9 +95,17 @@ fn page(name: &str, steps: u64, records: &[Record], shown: Option<&Shown>, confi
         _ => drop(write!(main, "<p class=\"sub\">{steps} steps in {wall}</p>")),
     }
     tiles(&mut main, records);
+    let mut scores = String::new();
+    match table.is_empty() {
+        true => tables::by_kind(&mut scores, records),
+        false => drop(write!(scores, "<pre class=\"scores\">{}</pre>", Escaped(table.trim_end()))),
+    }
+    if !scores.is_empty() {
+        let _ = write!(main, "<h2>Scores</h2>{scores}");
+    }
     let charts = charts::charts(records);
     if !charts.is_empty() {
-        let _ = write!(main, "<h2>Curves</h2>{charts}");
+        let _ = write!(main, "<h2>{}</h2>{charts}", if steps > 0 { "Curves" } else { "Figures" });
     }
     if let Some(Shown { html, episodes, files, .. }) = shown.filter(|s| !s.html.is_empty()) {
         let _ = write!(
@@ -87,8 +113,8 @@ fn page(name: &str, steps: u64, records: &[Record], shown: Option<&Shown>, confi
             "<h2>Episodes</h2><div class=\"controls\" id=\"controls\" hidden><label><input type=\"checkbox\" id=\"lp\" checked> \
              colour tokens by log-probability</label><span class=\"scale\">p &lt; <span class=\"t1\">0.8</span><span \
              class=\"t2\">0.5</span><span class=\"t3\">0.2</span><span class=\"t4\">0.05</span></span></div>{html}\
-             <p class=\"foot\">{} of the {} episodes that the run kept are on this page, of {} of {} measurements and steps; the \
-             folder trajectories/ holds all of them, and <code>log.trajectories</code> says how many of a step are kept.</p>",
+             <p class=\"foot\">This page shows {} of the {} episodes that the run kept, from {} of its {} measurements and steps. All of \
+             them are in the folder trajectories/; <code>log.trajectories</code> says how many of each are kept.</p>",
             episodes[0], episodes[1], files[0], files[1]
         );
     }
@@ -132,7 +158,7 @@ fn tiles(html: &mut String, records: &[Record]) {
             .filter(|(k, v)| k == name && v.is_finite())
             .map(|(_, v)| *v)
             .collect();
-        let (Some(first), Some(last)) = (all.first(), all.last()) else { continue };
+        let Some((first, last)) = charts::ends(&all) else { continue };
         let text = |v: f64| match percent {
             true => format!("{:.1}%", v * 100.0),
             false if v.abs() >= 100.0 => format!("{v:.0}"),
@@ -140,9 +166,9 @@ fn tiles(html: &mut String, records: &[Record]) {
         };
         let _ = write!(html, "<div class=\"tile\"><span>{label}</span><b>");
         if all.len() > 1 && !mean {
-            let _ = write!(html, "<span class=\"from\">{} → </span>", text(*first));
+            let _ = write!(html, "<span class=\"from\">{} → </span>", text(first));
         }
-        let main = if mean { all.iter().sum::<f64>() / all.len() as f64 } else { *last };
+        let main = if mean { all.iter().sum::<f64>() / all.len() as f64 } else { last };
         let _ = write!(html, "{}</b></div>", text(main));
     }
     html.push_str("</div>");

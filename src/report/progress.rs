@@ -20,6 +20,8 @@ pub struct Progress {
 struct Pace {
     at: Instant,
     done: u64,
+    /// So many units must be done before the pace says something: the first ones are slow, or, of many at once, many's.
+    few: u64,
     /// Units over which the weight of what was done falls to 1/e.
     memory: f64,
     units: f64,
@@ -29,8 +31,9 @@ struct Pace {
 impl Pace {
     /// `total` units, `done` of them by now.
     fn new(done: u64, total: u64) -> Pace {
-        let memory = (total.saturating_sub(done) as f64 / 10.0).max(3.0);
-        Pace { at: Instant::now(), done, memory, units: 0.0, seconds: 0.0 }
+        let all = total.saturating_sub(done);
+        let (memory, few) = ((all as f64 / 10.0).max(3.0), done + (all / 20).clamp(1, 8));
+        Pace { at: Instant::now(), done, few, memory, units: 0.0, seconds: 0.0 }
     }
 
     /// `done` units were done at the time `at`.
@@ -44,9 +47,9 @@ impl Pace {
         }
     }
 
-    /// How long the units up to `total` take at this pace; nothing where none was done yet, or none is left.
+    /// How long the units up to `total` take at this pace; nothing where too few were done yet to tell, or none is left.
     fn left(&self, total: u64) -> Option<Duration> {
-        let rest = total.checked_sub(self.done).filter(|n| *n > 0)?;
+        let rest = total.checked_sub(self.done).filter(|n| *n > 0 && self.done >= self.few)?;
         let seconds = self.seconds / self.units * rest as f64;
         Duration::try_from_secs_f64(seconds).ok()
     }
@@ -145,8 +148,13 @@ mod tests {
         assert_eq!(pace.left(120), None, "nothing is known yet");
         let mut at = start + Duration::from_secs(60);
         pace.reached(21, at);
-        assert_eq!(pace.left(120), Some(Duration::from_secs(99 * 60)));
-        for done in 22..=100 {
+        assert_eq!(pace.left(120), None, "one says too little");
+        for done in 22..=25 {
+            at += Duration::from_secs(60);
+            pace.reached(done, at);
+        }
+        assert_eq!(pace.left(120), Some(Duration::from_secs(95 * 60)));
+        for done in 26..=100 {
             at += Duration::from_secs(2);
             pace.reached(done, at);
             pace.reached(done, at + Duration::from_secs(1)); // the same again is no progress
@@ -155,6 +163,10 @@ mod tests {
         assert!((left - 40.0).abs() < 1.0, "{left}");
         pace.reached(120, at);
         assert_eq!(pace.left(120), None);
+        // Where there are few in all, the first says something.
+        let mut pace = Pace { at: start, ..Pace::new(0, 2) };
+        pace.reached(1, start + Duration::from_secs(7));
+        assert_eq!(pace.left(2), Some(Duration::from_secs(7)));
     }
 
     #[test]

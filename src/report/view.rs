@@ -97,7 +97,7 @@ pub struct StepView {
     /// How the call ended: `ok`, `exception`, `cpu limit`, ...
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tool_status: Option<String>,
-    /// Wall time of the call in milliseconds.
+    /// Wall time of the call in milliseconds, without waiting for a place to run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tool_ms: Option<f64>,
     /// The image the model saw when it spoke.

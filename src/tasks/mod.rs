@@ -102,7 +102,7 @@ impl Split {
 }
 
 /// Reads an image file by the rules for what the model is shown; `what` it is stands in errors beside its path.
-fn read_image(path: &Path, what: &str) -> Result<RgbImage> {
+pub(crate) fn read_image(path: &Path, what: &str) -> Result<RgbImage> {
     let bytes = crate::files::read(path).map_err(|e| Error::io(format!("read ({what})"), path, e))?;
     let name = format!("{} ({what})", path.display());
     let Picture { pixels, height, width } = decode_picture(&bytes, &name, &PictureLimits::default())?;

@@ -171,9 +171,27 @@ fn set(table: &mut Table, key: &str, value: Value) {
 }
 
 fn from_table(table: &Table, from: &str) -> Result<RunConfig> {
-    RunConfig::deserialize(Value::Table(table.clone())).map_err(|e| {
-        Error::input(format!("{from}: {}", e.to_string().trim()), "give that key a value of the kind that is expected")
-    })
+    RunConfig::deserialize(Value::Table(table.clone()))
+        .map_err(|e| Error::input(format!("{from}: {}", plain(e.to_string().trim())), MEND))
+}
+
+/// What to do about a value of the wrong kind.
+const MEND: &str = "give that key a value of the kind that is expected; docs/configuration.md has the kind of each";
+
+/// What the reader of values says, in people's words for the kinds of them.
+fn plain(message: &str) -> String {
+    const WORDS: [(&str, &str); 9] = [
+        ("floating point `", "the number `"),
+        ("integer `", "the number `"),
+        ("boolean `", "`"),
+        ("expected f64", "expected a number"),
+        ("expected usize", "expected a whole number of at least 0"),
+        ("expected u64", "expected a whole number of at least 0"),
+        ("expected u32", "expected a whole number of at least 0"),
+        ("expected a boolean", "expected true or false"),
+        ("expected a sequence", "expected a list, such as [1, 2]"),
+    ];
+    WORDS.iter().fold(message.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
 /// Reads the text of a run file; `name` stands for it in errors.
@@ -194,7 +212,7 @@ fn parse(text: &str, name: &str) -> Result<Table> {
     // Now for the values: with the text at hand the error knows its line.
     toml::from_str::<RunConfig>(text).map_err(|e| {
         let (what, line) = at(&e);
-        Error::input(format!("{what}, in `{line}`"), "give that key a value of the kind that is expected")
+        Error::input(format!("{what}, in `{line}`"), MEND)
     })?;
     // Only whole numbers that a table cannot hold are left to be refused.
     text.parse::<Table>().map_err(|e| {
@@ -324,7 +342,7 @@ mod tests {
     #[test]
     fn a_value_that_does_not_fit_is_named() {
         for (text, parts) in [
-            ("[algo]\nbeta = \"much\"\n", &["my run.toml, line 2", "beta = \"much\"", "expected f64"]),
+            ("[algo]\nbeta = \"much\"\n", &["my run.toml, line 2", "beta = \"much\"", "expected a number"]),
             ("[algo]\nloss = \"ppo\"\n", &["line 2", "ppo", "dr_grpo"]),
             ("[algo]\nbeta = \n", &["line 2", "my run.toml", "TOML"]),
             ("[run]\nseed = -1\n", &["line 2", "seed = -1", "-1"]),
@@ -337,7 +355,18 @@ mod tests {
             assert!(parts.iter().all(|p| e.contains(p)), "{e}");
         }
         let e = error("", &["optim.lr=fast"]);
-        assert!(e.contains("the override `optim.lr=fast`") && e.contains("f64"), "{e}");
+        assert!(e.contains("the override `optim.lr=fast`") && e.contains("expected a number"), "{e}");
+        for (set, part) in [
+            ("rollout.prompts=many", "a whole number"),
+            ("rollout.prompts=1.5", "a whole number"),
+            ("run.seed=-1", "a whole number"),
+            ("log.tensorboard=1", "true or false"),
+            ("task.synthetic.width=7", "a list"),
+        ] {
+            let e = error("", &[set]);
+            assert!(e.contains(part) && e.contains(&format!("the override `{set}`")), "{e}");
+            assert!(!["f64", "usize", "u64", "boolean", "sequence"].iter().any(|word| e.contains(word)), "{e}");
+        }
         assert!(error("", &["optim.lr"]).contains("section.key=value"));
         let e = error("", &["run.seed=1\nx=3"]);
         assert!(e.contains("the override `run.seed=1") && e.contains("u64"), "{e}");

@@ -136,6 +136,19 @@ impl Trainer<'_> {
 
         let started = Instant::now();
         let selected = self.select(&episodes);
+        if selected.groups.iter().flatten().all(|(_, advantage)| *advantage == 0.0) {
+            keeper.note(&format!(
+                "step {}: no group teaches anything: in {} of {} all episodes have the same reward, and {} episodes were cut short; {}",
+                step + 1,
+                selected.zero_variance,
+                jobs.len(),
+                selected.masked,
+                match selected.groups.is_empty() {
+                    true => "nothing is updated",
+                    false => "nothing but algo.beta and the weight decay moves the weights",
+                }
+            ));
+        }
         let lr = self.schedule.lr(step);
         let mut tokens = Sums::default();
         let (mut grad_norm, mut skipped, mut mismatch) = (0.0f64, 0u64, 0.0f64);

@@ -11,6 +11,7 @@ use crate::report::view::{EpisodeView, Phase, RewardPart, StepView, TokenView};
 use crate::report::{MetricsLog, Progress, TrajectoryStore, read_metrics};
 use crate::tasks::{Example, Examples};
 use crate::{Error, Result};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -127,8 +128,10 @@ impl Setup {
         let all = evaluate(&rollouts, &self.eval, config.run.seed, busy)?.complete()?;
         let Evaluation { scores, jobs, episodes, .. } = all;
         let done: Vec<&Trajectory> = episodes.iter().flatten().flatten().collect();
+        let by_kind = kind_metrics(&done, "eval");
         let mut metrics = episode_metrics(&done, Phase::Eval);
         metrics.push(("eval/void", scores.void as f64));
+        metrics.extend(by_kind.iter().map(|(name, value)| (name.as_str(), *value)));
         let most = config.log.trajectories;
         let views = views(&episodes, &jobs, step, Phase::Eval, most, &keeper.store, &keeper.tokenizer, |_| None)?;
         keeper.log(step, &metrics, Phase::Eval, &views)?;
@@ -337,6 +340,15 @@ impl Keeper {
         }
         Ok(())
     }
+
+    /// Writes figures that were measured after `step` steps beside those of the run itself.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and [`Error::Input`] where the run's folder is no longer there.
+    pub fn measured(&mut self, step: u64, metrics: &[(&str, f64)]) -> Result<()> {
+        self.check_folder()?;
+        self.metrics.log(step, metrics)
+    }
 }
 
 /// The optimizer's file in a checkpoint.
@@ -389,6 +401,19 @@ pub fn episode_metrics(episodes: &[&Trajectory], phase: Phase) -> Vec<(&'static 
             ("episodes/tokens", mean(&|t| t.sampled() as f64)),
         ],
     }
+}
+
+/// For each kind of item among `episodes`, how many there are (`GROUP/n/KIND`) and their mean F1 (`GROUP/f1/KIND`).
+pub fn kind_metrics(episodes: &[&Trajectory], group: &str) -> Vec<(String, f64)> {
+    let mut kinds: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
+    for t in episodes {
+        let (n, f1) = kinds.entry(&t.kind).or_default();
+        (*n, *f1) = (*n + 1.0, *f1 + t.reward.f1);
+    }
+    let both = |(kind, (n, f1)): (&str, (f64, f64))| {
+        [(format!("{group}/n/{kind}"), n), (format!("{group}/f1/{kind}"), f1 / n)]
+    };
+    kinds.into_iter().flat_map(both).collect()
 }
 
 /// The first `most` episodes as a run's page shows them; their images are written to the store.
