@@ -131,7 +131,8 @@ pub(super) fn trained(dir: &Path, overrides: &[String]) -> Result<RunConfig> {
 /// As [`trained`], and where there is no model.
 pub(super) fn model_folder(named: &Path) -> Result<PathBuf> {
     let (described, weights) = (named.join(CONFIG_FILE).is_file(), named.join(CHECKPOINTS));
-    if !described && weights.is_dir() {
+    // Other trainers leave such a folder within a model's.
+    if !described && weights.is_dir() && !named.join("config.json").is_file() {
         return Err(Error::input(
             format!("{}: the folder of a run, without its {CONFIG_FILE}", named.display()),
             format!("put that file back, or name one of the models in {}", weights.display()),

@@ -145,8 +145,9 @@ impl StepBatch {
         (Self::most_words(limits) + limits.segments * limits.blocks_per_segment) * DType::U32.size()
     }
 
-    /// So many words that no step's lists outgrow them: seven lists of rows, three of segments, all that the tables hold with its
-    /// places, up to twelve that are added for each row of logits, and what lies between lists.
+    /// So many words that no step of an engine outgrows them: seven lists of rows, three of segments, all that the tables hold with
+    /// its places, up to twelve that are added for each row of logits, and what lies between lists. A training batch, which may
+    /// add more, is sent once.
     fn most_words(limits: &StepLimits) -> usize {
         let StepLimits { tokens, segments, blocks_per_segment, logits } = *limits;
         7 * tokens + 3 * segments + 2 * segments * blocks_per_segment + 12 * logits + 128
@@ -231,8 +232,8 @@ impl StepBatch {
         let i = &mut self.inputs;
         i.clear();
         let ids = i.put(input.ids.iter().copied(), rows, NO_TOKEN);
-        let axis = |axis: &Vec<u32>| axis.iter().copied().chain(std::iter::repeat_n(0, rows - t)).collect::<Vec<_>>();
-        let positions = i.put(input.positions.iter().flat_map(axis), 3 * rows, 0);
+        let filled = |axis| Iterator::chain(<[u32]>::iter(axis).copied(), std::iter::repeat_n(0, rows - t));
+        let positions = i.put(input.positions.iter().flat_map(|axis| filled(axis)), 3 * rows, 0);
         let slots = i.put(input.slots.iter().copied(), rows, kv_cache::NO_SLOT);
         let cu_seqlens_q = i.put(input.cu_seqlens_q.iter().copied(), padded + 1, t as u32);
         let kv_lens = i.put(input.kv_lens.iter().copied(), padded, 0);
@@ -276,7 +277,7 @@ impl Workspace {
     /// Bytes of room for steps within `limits`, where activations are of type `float`.
     pub fn bytes(config: &Config, float: DType, limits: &StepLimits) -> usize {
         let (shape, h) = (config.layer_shape(), config.hidden_size);
-        let row = (2 * h + shape.in_place_values()) * float.size() + Rope::row_bytes(shape.head_dim);
+        let row = (2 * h + shape.in_place_values(float)) * float.size() + Rope::row_bytes(shape.head_dim);
         limits.tokens * row + limits.logits * h * float.size()
     }
 

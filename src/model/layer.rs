@@ -57,9 +57,13 @@ impl LayerShape {
         let values = 3 * self.hidden + self.qkv_width() + self.q_width() + 3 * self.intermediate;
         values * float.size() + self.heads * DType::F32.size()
     }
-    /// Values per row that `LayerActs::in_place` allocates.
-    pub fn in_place_values(&self) -> usize {
-        self.hidden + self.qkv_width() + self.q_width() + 3 * self.intermediate
+    /// Values per row that `LayerActs::in_place` allocates where activations are of type `float`.
+    pub fn in_place_values(&self, float: DType) -> usize {
+        self.hidden + self.qkv_width() + self.q_width() + self.intermediate + self.ungated(float)
+    }
+    /// Gates and ups per row that exist where no backward pass wants them: on a GPU none, whose product gates them itself.
+    fn ungated(&self, float: DType) -> usize {
+        if float == DType::F32 { 2 * self.intermediate } else { 0 }
     }
     /// Values per row that `LayerGrads::new` allocates.
     pub fn grad_values(&self) -> usize {
@@ -135,7 +139,7 @@ impl LayerActs {
             lse: None,
             mid: x.clone(),
             normed2: normed,
-            gate_up: rows_of(2 * shape.intermediate),
+            gate_up: rows_of(shape.ungated(device.float())),
             act: rows_of(shape.intermediate),
         }
     }

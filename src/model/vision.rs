@@ -131,7 +131,7 @@ impl VisionWorkspace {
     /// Bytes of room for images of together `patches` patches, where activations are of type `float`.
     pub fn bytes(config: &Config, float: DType, patches: usize) -> usize {
         let (c, shape) = (&config.vision, config.vision.layer_shape());
-        let row = (shape.hidden + shape.in_place_values()) * float.size() + Rope::row_bytes(shape.head_dim);
+        let row = (shape.hidden + shape.in_place_values(float)) * float.size() + Rope::row_bytes(shape.head_dim);
         VisionBatch::bytes(patches) + patches * row + MergerActs::bytes(c, float, patches)
     }
 

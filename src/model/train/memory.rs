@@ -124,7 +124,7 @@ impl MemoryPlan {
     pub fn forward_bytes(config: &Config, float: DType, size: BatchSize) -> usize {
         let BatchSize { rows, patches, blocks } = size;
         let shape = config.layer_shape();
-        let row = (2 * shape.hidden + shape.in_place_values()) * float.size() + Rope::row_bytes(shape.head_dim);
+        let row = (2 * shape.hidden + shape.in_place_values(float)) * float.size() + Rope::row_bytes(shape.head_dim);
         let vision = VisionWorkspace::bytes(config, float, patches) + encoded_bytes(config, float, patches);
         rows * row + vision + blocks * page_bytes(config, float)
     }

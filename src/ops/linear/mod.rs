@@ -135,8 +135,8 @@ pub fn forward(s: &Stream, x: &Buffer, w: &Weight, epilogue: Epilogue, y: &Buffe
 }
 
 /// `h[m, n / 2] = silu(gate) up` of `[gate, up] = x[m, k] W^T + bias`, with the bits of [`forward`] and
-/// [`swiglu::forward`](super::swiglu::forward). On a GPU in one pass; elsewhere `gate_up`, `[m, n]`, takes what is in between.
-/// Panics if any of `x`, `gate_up` and `h` overlap.
+/// [`swiglu::forward`](super::swiglu::forward). On a GPU in one pass; elsewhere `gate_up`, `[m, n]`, takes what is in between, and a
+/// GPU's may be empty. Panics if any of `x`, `gate_up` and `h` overlap.
 pub fn forward_gated(
     s: &Stream,
     x: &Buffer,
