@@ -264,6 +264,7 @@ struct Seen {
     encoded_hits: u64,
     preemptions: u64,
     retracted: u64,
+    graph_steps: u64,
 }
 
 /// Runs `count` random schedules, from the seed `first` on, on the models, each an engine's and the trainer's in turn, and compares the
@@ -307,10 +308,11 @@ fn every_token_agrees(models: &[Arc<Model>], first: u64, count: usize) -> Seen {
         seen.encoded_hits += stats.image_hits;
         seen.preemptions += stats.preemptions;
         seen.retracted += stats.retracted_tokens;
+        seen.graph_steps += stats.graph_steps;
     }
-    let Seen { schedules, tokens, hits, encoded_hits, preemptions, retracted } = &seen;
+    let Seen { schedules, tokens, hits, encoded_hits, preemptions, retracted, graph_steps } = &seen;
     println!(
-        "{schedules} schedules, {tokens} tokens; {hits} prompt tokens and {encoded_hits} images from caches; {preemptions} preemptions, {retracted} tokens computed again"
+        "{schedules} schedules, {tokens} tokens; {hits} prompt tokens and {encoded_hits} images from caches; {preemptions} preemptions, {retracted} tokens computed again; {graph_steps} steps from graphs"
     );
     seen
 }
@@ -338,6 +340,7 @@ fn every_sampled_token_has_the_trainers_log_probability_with_the_cuda_kernels() 
         assert!(seen.tokens > 0);
     }
     if let Some(card) = setting::card() {
-        assert!(every_token_agrees(&[model(&card)], 0, 200).tokens > 5000);
+        let Seen { tokens, graph_steps, .. } = every_token_agrees(&[model(&card)], 0, 200);
+        assert!(tokens > 5000 && graph_steps > 1000, "{tokens} {graph_steps}");
     }
 }

@@ -1,8 +1,10 @@
-//! Decoding on a GPU: steps replay graphs, allocate nothing, and run ahead of the host that reads them.
+//! Decoding on a GPU, the emulated one and a card where there is one: steps replay graphs and allocate nothing.
 #![cfg(emulator)]
 
+mod setting;
 mod tiny;
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use tiny::{image, kv_bytes, model, text};
 use varft::device::Device;
@@ -42,16 +44,26 @@ fn sample(e: &Engine, m: &Model, n: usize, mut each: impl FnMut(usize)) -> Vec<V
 
 #[test]
 fn steps_of_one_size_are_replayed_and_allocate_nothing() {
-    let d = Device::emulated(3).unwrap();
-    let m = model(&d);
+    if setting::emulates() {
+        let warps = RandomState::new().hash_one("seed");
+        println!("warps {warps}");
+        on(&Device::emulated(warps).unwrap());
+    }
+    if let Some(card) = setting::card() {
+        on(&card);
+    }
+}
+
+fn on(d: &Device) {
+    let m = model(d);
     let e = engine(&m);
     // Five sequences are filled up to six rows: eight are more than the engine lets run at once.
-    let mut held = Vec::new();
-    let five = sample(&e, &m, 5, |_| held.push(d.allocated_bytes()));
+    let mut asked = Vec::new();
+    let five = sample(&e, &m, 5, |_| asked.push(d.allocations()));
     let replayed = e.stats().graph_steps;
     assert!(replayed >= 5, "{replayed} steps of {} were replayed", e.stats().steps);
     // The first has its tokens a step before the others, whose last step is then of another size.
-    assert!(held[3..7].iter().all(|&bytes| bytes == held[3]), "memory while it decodes: {held:?}");
+    assert!(asked[3..7].iter().all(|&n| n == asked[3]), "allocations by token: {asked:?}");
     // Alone and in company, with and without graphs, every bit is the same.
     let one = sample(&engine(&m), &m, 1, |_| ());
     assert_eq!(one[0], five[0]);

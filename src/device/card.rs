@@ -5,7 +5,7 @@ use super::emulated::Emulator;
 use super::fault::{Fault, Injected, MEMORY_MEND};
 use super::{Buffer, DType};
 use crate::{Error, Result};
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// What runs the kernels.
@@ -35,17 +35,23 @@ pub(super) struct Card {
     pub driver: Driver,
     failure: Mutex<Option<Failure>>,
     gauge: Arc<AtomicUsize>,
+    allocations: AtomicU64,
     injected: Option<Arc<Injected>>,
 }
 
 impl Card {
     pub fn new(driver: Driver, gauge: Arc<AtomicUsize>) -> Card {
-        Card { driver, failure: Mutex::default(), gauge, injected: None }
+        Card { driver, failure: Mutex::default(), gauge, allocations: AtomicU64::new(0), injected: None }
     }
 
     /// The same, but for a fault.
     pub fn with_fault(self, injected: Option<Arc<Injected>>) -> Card {
         Card { injected, ..self }
+    }
+
+    /// How often memory has been asked for.
+    pub fn allocations(&self) -> u64 {
+        self.allocations.load(Ordering::Relaxed)
     }
 
     /// One operation of a kind, as far as injected faults are concerned.
@@ -80,6 +86,7 @@ impl Card {
     /// Memory holding anything (on the emulated GPU every byte is 0xFF). Where there is not enough, a buffer of nothing stands
     /// for it, the failure is kept, and so nothing that would touch it runs.
     pub fn alloc(&self, dtype: DType, len: usize) -> Buffer {
+        self.allocations.fetch_add(1, Ordering::Relaxed);
         if let Err(e) = self.meet(Fault::Memory, "give more memory") {
             self.keep(e);
             return Buffer::nowhere(dtype, len, self.gauge.clone());

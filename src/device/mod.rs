@@ -228,6 +228,14 @@ impl Device {
         self.inner.allocated.load(Ordering::Relaxed)
     }
 
+    /// How often a GPU has been asked for memory since it was opened; 0 on the host's cores.
+    pub fn allocations(&self) -> u64 {
+        match &self.inner.kind {
+            Kind::Gpu(card, _) => card.allocations(),
+            Kind::Cpu { .. } => 0,
+        }
+    }
+
     /// Bytes that could still be allocated, as far as the card or the system tells: its free memory and the limit of the
     /// control group.
     pub fn available_bytes(&self) -> Option<u64> {

@@ -479,8 +479,8 @@ mod tests {
             let r = [0, 160_000].map(|s| record(s, &[("loss", size * (1.0 + s as f64))]));
             let html = charts(&r);
             let labels = |class: &str| -> Vec<(f64, f64)> {
-                let begin = format!("class=\"{class}\" x=\"");
-                let texts = html.split(&begin).skip(1);
+                let class = format!("class=\"{class}\" x=\"");
+                let texts = html.split(class.as_str()).skip(1);
                 let one = |t: &str| {
                     let label = t.split('>').nth(1).unwrap().split('<').next().unwrap();
                     (t.split('"').next().unwrap().parse().unwrap(), width(label))
