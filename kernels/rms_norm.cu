@@ -1,4 +1,5 @@
-// Root-mean-square layer normalisation (Zhang and Sennrich 2019, arXiv 1910.07467), with the residual stream's addition.
+// Root-mean-square layer normalisation (Zhang and Sennrich 2019, arXiv 1910.07467). The residual stream's
+// addition is an epilogue of the product before it (linear/tile.cuh).
 //
 // bf16 in and out, f32 in between. A row belongs to one block, and its sums depend on the number of columns alone: a row's
 // result is the same whatever else is in the batch. The second pass over a row reads it again: it is a few kilobytes, which
@@ -12,38 +13,26 @@ constexpr int BLOCKS = 8;          // on a multiprocessor: left alone, the compi
 
 // ---- kernels ----
 
-// h = x + residual; y = h / sqrt(mean(h^2) + eps) * w. Grid: one block a row.
-//
-// With `residual` null h is x, and `h` is not written. h is rounded before it is normalised: it is what the next layer reads.
+// y = x / sqrt(mean(x^2) + eps) * w. Grid: one block a row.
 GLOBAL void __launch_bounds__(THREADS)
-rms_norm_forward(const bf16* x,         // [rows, columns]
-                 const bf16* residual,  // [rows, columns] or null
-                 const bf16* w,         // [columns]
-                 bf16* h,               // [rows, columns] or null with residual; may be x or residual
-                 bf16* y,               // [rows, columns]
+rms_norm_forward(const bf16* x,  // [rows, columns]
+                 const bf16* w,  // [columns]
+                 bf16* y,        // [rows, columns]
                  int columns, float eps) {
-  const bool aligned = columns % 8 == 0 && aligned16(x) && aligned16(residual) && aligned16(w) && aligned16(h) && aligned16(y);
+  const bool aligned = columns % 8 == 0 && aligned16(x) && aligned16(w) && aligned16(y);
   const size_t row = static_cast<size_t>(blockIdx.x) * columns;
   float squares[1] = {0.0f};
   for (int c = threadIdx.x * 8; c < columns; c += STEP) {
     float v[8];
     load8(v, x + row, c, columns, aligned);
-    if (residual) {
-      float r[8];
-      load8(r, residual + row, c, columns, aligned);
-#pragma unroll
-      for (int i = 0; i < 8; i++) v[i] = to_float(to_bf16(v[i] + r[i]));
-      store8(h + row, c, columns, aligned, v);
-    }
 #pragma unroll
     for (int i = 0; i < 8; i++) squares[0] = fmaf(v[i], v[i], squares[0]);
   }
   block_sum<THREADS>(squares);
   const float k = rsqrtf(squares[0] / columns + eps);
-  const bf16* normalised = residual ? h : x;
   for (int c = threadIdx.x * 8; c < columns; c += STEP) {
     float v[8], g[8];
-    load8(v, normalised + row, c, columns, aligned);  // what this thread wrote itself
+    load8(v, x + row, c, columns, aligned);
     load8(g, w, c, columns, aligned);
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = v[i] * k * g[i];

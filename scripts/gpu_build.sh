@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-TESTS=(ops contract parity train)
+TESTS=(ops contract graphs parity train)
 BENCHES=(ops steps)
 MOST_MIB=56 # repository and archive together
 

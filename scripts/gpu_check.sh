@@ -45,7 +45,7 @@ done
 [ -f target/gpu/programs.tar.xz ] || die "target/gpu is missing: run scripts/gpu_build.sh on a machine with cargo, and take target/gpu along"
 "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' target/gpu/programs.tar.xz "$BINARIES" ||
   die "target/gpu/programs.tar.xz cannot be unpacked"
-for program in varft test-ops test-contract test-parity test-train bench-ops bench-steps; do
+for program in varft test-ops test-contract test-graphs test-parity test-train bench-ops bench-steps; do
   [ -x "$BINARIES/$program" ] || die "$program is not in target/gpu/programs.tar.xz: run scripts/gpu_build.sh again"
 done
 
@@ -96,6 +96,7 @@ modules="$("$BINARIES/test-ops" --list 2>/dev/null | sed -n 's/::.*: test$//p' |
 tests_end=$((SECONDS + TESTS))
 for module in $modules; do tests ops "$module::" "$module" "$GROUP"; done
 tests parity cuda_kernels parity "$GROUP"
+tests graphs '' graphs "$GROUP"
 tests train emulated:: train "$LARGE"
 tests contract cuda_kernels contract "$LARGE"
 

@@ -6,7 +6,7 @@
     scripts/kernels.py --nvcc     only install the compiler, and print where it is
 
 Either way it fails where a kernel spills registers, uses local memory, or lacks the tensor-core instruction that it is written
-for. The compiler comes from the Python registry (no GPU and no driver are needed) and lies in target/nvcc.
+for. The compiler comes from PyPI (no GPU and no driver are needed) and lies in target/nvcc.
 """
 
 import argparse
@@ -43,7 +43,7 @@ ALLOWED = {}
 # What the first matching kernels must contain, on the architectures where they are meant to run.
 TENSOR_CORES = [
     (r".*_wgmma.*", {"sm_90a": "HGMMA"}),
-    (r"linear_(?!bias).*|attention_(?!.*(combine|delta|gather|sum)).*|patch_embed_forward.*", {"sm_80": "HMMA"}),
+    (r"linear_(?!bias).*|attention_(?!.*(combine|delta|gather|sum)).*|patch_embed_forward.*", {"sm_80": "HMMA", "sm_90a": "HMMA"}),
 ]
 
 # Registers and threads of a multiprocessor, shared memory of which a block has `reserved` bytes for the system.
@@ -184,7 +184,7 @@ def page(rows):
         lines += [
             f"## {arch}",
             "",
-            "| kernel | threads | registers | static shared, bytes | warps | instructions | of these |",
+            "| kernel | threads | registers | static shared, bytes | warps that registers allow | instructions | of these |",
             "|---|---|---|---|---|---|---|",
         ]
         for (name, a), (threads, f) in sorted(rows.items()):

@@ -1,5 +1,5 @@
-// Every PTX instruction that kernels use, behind one function each: inline assembly for the device, a call of the emulator
-// for the host. Names are the instructions'.
+// Every PTX instruction that kernels use, but those of wgmma.cuh, behind one function each: inline assembly for the device, a call
+// of the emulator for the host. Names are the instructions'.
 #pragma once
 #include "device.cuh"
 

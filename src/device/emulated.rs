@@ -5,8 +5,9 @@
 //! Shared and fresh device memory is NaN; warps run in an order that comes from a seed.
 
 use super::gpu::{Arg, Launch};
+use super::matmul::{self, Matmul};
 use super::tensor_map::{TensorMap, check_boxes};
-use super::{Buffer, DType, Element, matmul};
+use super::{Buffer, DType, Element};
 use crate::{Error, Result};
 use std::ffi::CStr;
 use std::ptr::NonNull;
@@ -131,19 +132,11 @@ impl Emulator {
         Ok(())
     }
 
-    /// The counterpart of cuBLASLt: see [`Gpu::matmul_strided`](super::Gpu::matmul_strided).
-    pub(super) fn matmul(
-        &self,
-        a: &Buffer,
-        stride: usize,
-        transposed: bool,
-        b: &Buffer,
-        c: &Buffer,
-        [m, n, k]: [usize; 3],
-        accumulate: bool,
-    ) -> Result<()> {
+    /// The counterpart of cuBLASLt.
+    pub(super) fn matmul(&self, product: &Matmul<'_>) -> Result<()> {
+        let Matmul { a, b, c, .. } = product;
         if a.dtype() != DType::BF16 || b.dtype() != DType::BF16 {
-            return Err(Error::internal(format!("a product [{m}, {n}, {k}] of {a:?} and {b:?} in {c:?}")));
+            return Err(Error::internal(format!("operands of other types: {product:?}")));
         }
         // SAFETY: as in `upload`.
         let (a, b, to) = unsafe { (a.bytes_mut(), b.bytes_mut(), c.bytes_mut()) };
@@ -151,11 +144,11 @@ impl Emulator {
         match c.dtype() {
             DType::F32 => {
                 let to = bytemuck::cast_slice_mut::<u8, f32>(to);
-                matmul::multiply(a, stride, transposed, b, to, [m, n, k], accumulate)
+                matmul::multiply(product, a, b, to)
             }
             DType::BF16 => {
                 let to = bytemuck::cast_slice_mut::<u8, half::bf16>(to);
-                matmul::multiply(a, stride, transposed, b, to, [m, n, k], accumulate)
+                matmul::multiply(product, a, b, to)
             }
             other => return Err(Error::internal(format!("a product into {other:?}"))),
         }

@@ -8,6 +8,7 @@ use super::cuda::{self, Cuda};
 use super::emulated::Emulator;
 use super::fault::Fault;
 use super::graph::{Capture, Graph, Kept, Step};
+use super::matmul::Matmul;
 use super::tensor_map::TensorMap;
 use super::{Buffer, DType, Element};
 use crate::{Error, Result};
@@ -259,45 +260,17 @@ impl Gpu {
         made.unwrap_or(TensorMap::opaque([0; 16]))
     }
 
-    /// Submits `c = op(a) b`, or `+=` where it accumulates: `a` bf16 `[m, k]`, or `[k, m]` where it is transposed, `b` bf16
-    /// `[k, n]`, `c` f32 or bf16 `[m, n]`, all row-major. For gradients: the order of additions is fixed, but not the one of
-    /// [`linear::forward`](crate::ops::linear::forward).
-    pub(crate) fn matmul(
-        &self,
-        a: &Buffer,
-        transposed: bool,
-        b: &Buffer,
-        c: &Buffer,
-        shape: [usize; 3],
-        accumulate: bool,
-    ) {
-        let row = if transposed { shape[0] } else { shape[2] };
-        self.matmul_strided(a, row, transposed, b, c, shape, accumulate);
-    }
-
-    /// [`matmul`](Self::matmul) where the rows of `a` begin `stride` elements apart.
-    pub(crate) fn matmul_strided(
-        &self,
-        a: &Buffer,
-        stride: usize,
-        transposed: bool,
-        b: &Buffer,
-        c: &Buffer,
-        shape: [usize; 3],
-        accumulate: bool,
-    ) {
-        let [m, n, k] = shape;
-        if m * n * k == 0 {
+    /// Submits a product. A failure surfaces at the next wait.
+    pub(crate) fn matmul(&self, product: Matmul<'_>) {
+        if product.shape.contains(&0) {
             return;
         }
-        let (rows, row) = if transposed { (k, m) } else { (m, k) };
-        let fits = stride >= row && a.len() >= (rows - 1) * stride + row && b.len() >= k * n && c.len() >= m * n;
-        assert!(fits, "a product [{m}, {n}, {k}] of {a:?} (rows {stride} apart) and {b:?} in {c:?}");
+        assert!(product.fits(), "buffers too short for {product:?}");
         self.submit_outside_graphs(
             Fault::Launch,
             "multiply",
-            |queue, card| card.matmul(queue, a, stride, transposed, b, c, shape, accumulate),
-            |emulator| emulator.matmul(a, stride, transposed, b, c, shape, accumulate),
+            |queue, card| card.matmul(queue, &product),
+            |emulator| emulator.matmul(&product),
         );
     }
 

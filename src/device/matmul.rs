@@ -1,6 +1,46 @@
-//! The emulated GPU's counterpart of the vendor's matrix product, on the host: the same mathematics, f32 sums.
+//! Products of matrices for gradients, and the emulated GPU's counterpart of the vendor's, on the host: the same mathematics, f32
+//! sums.
 
+use super::Buffer;
 use half::bf16;
+
+/// `c = op(a) b`, or `+=` where it accumulates, all row-major. For gradients: the order of additions is fixed, but not the one of
+/// [`linear::forward`](crate::ops::linear::forward).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matmul<'a> {
+    /// bf16 `[m, k]`, or `[k, m]` where it is transposed.
+    pub a: &'a Buffer,
+    /// From a row of `a` to the next, in elements.
+    pub stride: usize,
+    pub transposed: bool,
+    /// bf16 `[k, n]`.
+    pub b: &'a Buffer,
+    /// f32 or bf16 `[m, n]`.
+    pub c: &'a Buffer,
+    /// m, n and k.
+    pub shape: [usize; 3],
+    pub accumulate: bool,
+}
+
+impl<'a> Matmul<'a> {
+    /// `c = a b`.
+    pub fn new(a: &'a Buffer, b: &'a Buffer, c: &'a Buffer, shape: [usize; 3]) -> Matmul<'a> {
+        Matmul { a, stride: shape[2], transposed: false, b, c, shape, accumulate: false }
+    }
+
+    /// `c = a^T b`.
+    pub fn transposed(a: &'a Buffer, b: &'a Buffer, c: &'a Buffer, shape: [usize; 3]) -> Matmul<'a> {
+        Matmul { stride: shape[0], transposed: true, ..Matmul::new(a, b, c, shape) }
+    }
+
+    /// Whether the buffers hold the matrices.
+    pub fn fits(&self) -> bool {
+        let [m, n, k] = self.shape;
+        let (rows, row) = if self.transposed { (k, m) } else { (m, k) };
+        let of_a = rows.saturating_sub(1) * self.stride + row;
+        self.stride >= row && self.a.len() >= of_a && self.b.len() >= k * n && self.c.len() >= m * n
+    }
+}
 
 /// What a product is stored as.
 pub(super) trait Stored: Copy {
@@ -26,17 +66,9 @@ impl Stored for bf16 {
     }
 }
 
-/// `c = op(a) b`, or `+=`: `a` `[m, k]` (or `[k, m]` where it is transposed) with rows `stride` apart, `b` `[k, n]`, `c` `[m, n]`. Each
-/// sum goes over ascending k and is rounded once.
-pub(super) fn multiply<C: Stored>(
-    a: &[bf16],
-    stride: usize,
-    transposed: bool,
-    b: &[bf16],
-    c: &mut [C],
-    [m, n, k]: [usize; 3],
-    accumulate: bool,
-) {
+/// The product of the matrices in `a` and `b`, into `c`. Each sum goes over ascending k and is rounded once.
+pub(super) fn multiply<C: Stored>(product: &Matmul<'_>, a: &[bf16], b: &[bf16], c: &mut [C]) {
+    let &Matmul { stride, transposed, shape: [m, n, k], accumulate, .. } = product;
     let mut sums = vec![0.0f32; n];
     let b: Vec<f32> = b[..k * n].iter().map(|x| x.to_f32()).collect();
     for (i, c) in c.chunks_exact_mut(n.max(1)).take(m).enumerate() {
@@ -53,6 +85,7 @@ pub(super) fn multiply<C: Stored>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::{DType, Device};
     use super::*;
 
     #[test]
@@ -64,8 +97,11 @@ mod tests {
         let turned: Vec<bf16> = (0..k * 5).map(|i| a[i % 5 % m * k + i / 5]).collect();
         let want = |i: usize, j: usize| (0..k).map(|p| a[i * k + p].to_f64() * b[p * n + j].to_f64()).sum::<f64>();
         let (mut c, mut rounded) = (vec![1.0f32; m * n], vec![bf16::ZERO; m * n]);
-        multiply(&turned, 5, true, &b, &mut c, [m, n, k], true);
-        multiply(&a, k, false, &b, &mut rounded, [m, n, k], false);
+        let none = Device::cpu(1).alloc(DType::BF16, 0);
+        let product = Matmul::new(&none, &none, &none, [m, n, k]);
+        let turned_one = Matmul { stride: 5, transposed: true, accumulate: true, ..product };
+        multiply(&turned_one, &turned, &b, &mut c);
+        multiply(&product, &a, &b, &mut rounded);
         for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
             assert!((f64::from(c[i * n + j]) - 1.0 - want(i, j)).abs() < 1e-5);
             assert_eq!(rounded[i * n + j], bf16::from_f32(want(i, j) as f32));

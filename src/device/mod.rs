@@ -29,6 +29,7 @@ pub use fault::{Fault, Injected};
 pub use gpu::{Arg, Gpu, Launch};
 pub use graph::Graph;
 pub use inputs::{Input, Inputs};
+pub(crate) use matmul::Matmul;
 pub use pool::{Pool, SendPtr};
 pub use stream::{Event, Pending, Stream};
 pub use tensor_map::TensorMap;

@@ -9,7 +9,7 @@
 //! bit.
 
 use super::linear::{self, Epilogue, Weight};
-use crate::device::{Arg, Backend, Buffer, DType, Gpu, Launch, Stream};
+use crate::device::{Arg, Backend, Buffer, DType, Gpu, Launch, Matmul, Stream};
 
 /// Pixels per side of a patch.
 pub const PATCH: usize = 14;
@@ -168,7 +168,9 @@ fn gpu_backward_weight(
         let args = [pixels, table, to, Arg::len(images.len()), Arg::len(first)];
         let shape = Launch::linear(rows, PATCHES_THREADS);
         gpu.launch("patch_embed_patches", shape, &[&args[..], &normalize.args()].concat());
-        gpu.matmul(&dy.view(first * n, rows * n), true, &written, &frame, [n, ROW, rows], first > 0);
+        let dy = dy.view(first * n, rows * n);
+        let product = Matmul::transposed(&dy, &written, &frame, [n, ROW, rows]);
+        gpu.matmul(Matmul { accumulate: first > 0, ..product });
     }
     let shape = Launch::linear(dw.len().div_ceil(THREADS), THREADS);
     gpu.launch("patch_embed_add_frames", shape, &[Arg::Buffer(&frame), Arg::Buffer(dw), Arg::len(n)]);

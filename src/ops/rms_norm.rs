@@ -35,15 +35,7 @@ pub fn forward(s: &Stream, x: &Buffer, w: &Buffer, eps: f32, y: &Buffer, rows: u
         Backend::Gpu(gpu) if rows * cols > 0 => gpu.launch(
             "rms_norm_forward",
             Launch::linear(rows, THREADS),
-            &[
-                Arg::Buffer(&x),
-                Arg::Null(DType::BF16),
-                Arg::Buffer(&w),
-                Arg::Null(DType::BF16),
-                Arg::Buffer(&y),
-                Arg::len(cols),
-                Arg::F32(eps),
-            ],
+            &[Arg::Buffer(&x), Arg::Buffer(&w), Arg::Buffer(&y), Arg::len(cols), Arg::F32(eps)],
         ),
         Backend::Gpu(_) => {}
     }

@@ -84,8 +84,8 @@ mod tests {
         for (preset, float, gib) in [
             (Preset::B3, DType::F32, 5.9..6.0),
             (Preset::B7, DType::F32, 8.8..8.9),
-            (Preset::B3, DType::BF16, 2.9..3.0),
-            (Preset::B7, DType::BF16, 4.4..4.5),
+            (Preset::B3, DType::BF16, 2.8..2.9),
+            (Preset::B7, DType::BF16, 4.3..4.4),
         ] {
             let (model, mut config) = (preset.config(), RunConfig::default());
             let least = |vision: bool| {

@@ -1,6 +1,6 @@
 //! [`varft::ops::loss`].
 
-use super::{Noise, as_good_as_bf16, devices, read, round, wide, wide32};
+use super::{Noise, as_good_as_bf16, devices, one, read, round, wide, wide32};
 use half::bf16;
 use varft::device::{Buffer, DType, Device};
 use varft::ops::linear::{self, Epilogue, Weight};
@@ -236,7 +236,7 @@ fn the_whole_vocabulary_of_the_model() {
     let mut rng = Noise::fresh();
     let c = case(&mut rng, 151_936, 16);
     let kind = Kind::Grpo { beta: 0.3 };
-    check("the vocabulary", &c, kind, &run(&devices()[1], &c, kind, 4));
+    check("the vocabulary", &c, kind, &run(&one(), &c, kind, 4));
 }
 
 #[test]
@@ -258,7 +258,7 @@ fn chunks_and_orders_of_warps_change_no_bit_of_what_an_entry_gets() {
             assert!(dhead.iter().zip(&whole.2).all(|(a, b)| (a - b).abs() <= 1e-5 * (1.0 + b.abs())));
         }
     }
-    let none = LossRows::new(&devices()[0].stream(), &[], &[], &[]);
+    let none = LossRows::new(&one().stream(), &[], &[], &[]);
     assert_eq!((none.len(), none.distinct()), (0, 0));
 }
 

@@ -40,6 +40,17 @@ fn devices() -> Vec<Device> {
     emulated.into_iter().chain(setting::card()).collect()
 }
 
+/// Two devices that must agree to the bit: the emulated one as either architecture; a card with itself.
+fn pairs() -> Vec<[Device; 2]> {
+    let emulated = setting::emulates().then(emulated);
+    emulated.into_iter().chain(setting::card().map(|card| [card.clone(), card])).collect()
+}
+
+/// One device, for what is large: a card, where there is one.
+fn one() -> Device {
+    devices().pop().expect("a card, or the emulated device")
+}
+
 /// Random numbers that depend on the seed alone.
 struct Noise(u64);
 

@@ -1,6 +1,6 @@
 //! [`varft::ops::sample`].
 
-use super::{Noise, devices, emulated, read};
+use super::{Noise, devices, one, pairs, read};
 use varft::device::{Buffer, DType, Device, Element};
 use varft::ops::sample::{NO_SAMPLE, SampleParams, sample};
 use varft::ops::softmax::{forbidden_set, is_forbidden};
@@ -162,7 +162,7 @@ fn the_whole_vocabulary_of_the_model() {
         how(0.0, 0, 1.0, 0.0),
     ];
     let forbidden = forbidden_set(v, &[151_643, 7]);
-    let (tokens, logps) = run(&devices()[1], &logits, v, &forbidden, &rows);
+    let (tokens, logps) = run(&one(), &logits, v, &forbidden, &rows);
     for (i, how) in rows.iter().enumerate() {
         let x = &logits[i * v..][..v];
         assert!(is_meant(tokens[i], x, &forbidden, how), "{how:?}: {} drawn", tokens[i]);
@@ -201,15 +201,16 @@ fn a_row_is_sampled_alike_alone_and_in_any_batch_and_order_of_warps() {
     let forbidden = forbidden_set(v, &[0, 77, 2499]);
     let rows = rows(&mut rng, b, v);
     let bits = |(t, l): (Vec<u32>, Vec<f32>)| (t, l.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
-    let [first, second] = emulated();
-    let all = bits(run(&first, &logits, v, &forbidden, &rows));
-    assert_eq!(bits(run(&second, &logits, v, &forbidden, &rows)), all);
-    for i in 0..b {
-        let one = bits(run(&first, &logits[i * v..][..v], v, &forbidden, &rows[i..=i]));
-        assert_eq!((one.0[0], one.1[0]), (all.0[i], all.1[i]));
+    for [first, second] in pairs() {
+        let all = bits(run(&first, &logits, v, &forbidden, &rows));
+        assert_eq!(bits(run(&second, &logits, v, &forbidden, &rows)), all);
+        for i in 0..b {
+            let one = bits(run(&first, &logits[i * v..][..v], v, &forbidden, &rows[i..=i]));
+            assert_eq!((one.0[0], one.1[0]), (all.0[i], all.1[i]));
+        }
+        let none = run(&first, &[], v, &forbidden, &[]);
+        assert!(none.0.is_empty() && none.1.is_empty());
     }
-    let none = run(&first, &[], v, &forbidden, &[]);
-    assert!(none.0.is_empty() && none.1.is_empty());
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! its own.
 
 use super::super::fault::MEMORY_MEND;
+use super::super::matmul::Matmul;
 use super::super::{Buffer, DType};
 use super::{Cuda, blas_type};
 use crate::{Error, Result};
@@ -88,13 +89,7 @@ impl Blas {
     pub fn multiply(
         &mut self,
         stream: cudarc::driver::sys::CUstream,
-        a: &Buffer,
-        stride: usize,
-        transposed: bool,
-        b: &Buffer,
-        c: &Buffer,
-        shape: [usize; 3],
-        accumulate: bool,
+        &Matmul { a, stride, transposed, b, c, shape, accumulate }: &Matmul<'_>,
     ) -> Result<()> {
         let align = |x: &Buffer| (x.address() as u64 | ALIGN).trailing_zeros();
         let key = (shape, stride, transposed, c.dtype(), [a, b, c].map(align));

@@ -10,6 +10,7 @@ pub(super) use queue::{Graph, Mark, Queue, Staged};
 use super::emulated;
 use super::fault::{self, MEMORY_MEND};
 use super::gpu::{Arg, Launch};
+use super::matmul::Matmul;
 use super::tensor_map::{TensorMap, check_boxes};
 use super::{Buffer, DType};
 use crate::{Error, Result};
@@ -361,25 +362,15 @@ impl Cuda {
         Ok(TensorMap::opaque(map.opaque))
     }
 
-    /// Submits `c = op(a) b` to `queue`: see [`Gpu::matmul_strided`](super::Gpu::matmul_strided).
-    pub fn matmul(
-        &self,
-        queue: &Queue,
-        a: &Buffer,
-        stride: usize,
-        transposed: bool,
-        b: &Buffer,
-        c: &Buffer,
-        shape: [usize; 3],
-        accumulate: bool,
-    ) -> Result<()> {
+    /// Submits a product to `queue`.
+    pub fn matmul(&self, queue: &Queue, product: &Matmul<'_>) -> Result<()> {
         self.enter()?;
         let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
         let blas = match &mut *blas {
             Some(blas) => blas,
             none => none.insert(Blas::new(self)?),
         };
-        blas.multiply(queue.raw(), a, stride, transposed, b, c, shape, accumulate)
+        blas.multiply(queue.raw(), product)
     }
 }
 

@@ -219,3 +219,21 @@ impl Windows<'_> {
         gpu.launch(&format!("attention_varlen_backward_keys_{}", heads.hd), launch, &args);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_has_the_shared_memory_that_it_takes() {
+        for hd in HEAD_DIMS {
+            let heads = Heads::new(1, 1, hd, 1.0);
+            let most = [2 * KV_CUT + TILE, 2 * KV_CUT + DECODE_TILE, 4 * KEYS].map(|rows| shared(rows, &heads));
+            // Beside it decoding has powers, maxima and sums of its own, of fixed size: less than 6 KiB.
+            assert!(
+                most.iter().all(|bytes| bytes + (6 << 10) <= 99 << 10),
+                "sm_86 and sm_89 give a block 99 KiB: {most:?}"
+            );
+        }
+    }
+}

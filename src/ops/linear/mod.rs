@@ -26,7 +26,7 @@ pub(super) mod transpose;
 pub use kernel::PANEL;
 
 use super::simd::Isa;
-use crate::device::{Backend, Buffer, Pool, SendPtr, Stream};
+use crate::device::{Backend, Buffer, Matmul, Pool, SendPtr, Stream};
 use gemm::{Left, Out, Product, SLAB, spread, with_scratch};
 use transpose::{ABREAST, gather_abreast, gather_rows, transpose};
 
@@ -184,8 +184,7 @@ pub fn backward_input(s: &Stream, dy: &Buffer, w: &Weight, dx: &Buffer, m: usize
             let (dy, w, dx) = (dy.get::<f32>(), w.data.get::<f32>(), dx.get_mut::<f32>());
             backward_input_on(pool, Isa::detect(), dy, w, dx.as_mut_ptr(), m, n, k, accumulate);
         }),
-        Backend::Gpu(gpu) if m > 0 => gpu.matmul(&dy, false, &w.data, &dx, [m, k, n], accumulate),
-        Backend::Gpu(_) => {}
+        Backend::Gpu(gpu) => gpu.matmul(Matmul { accumulate, ..Matmul::new(&dy, &w.data, &dx, [m, k, n]) }),
     }
 }
 
@@ -281,7 +280,9 @@ pub fn backward_weight(s: &Stream, dy: &Buffer, x: &Buffer, dw: &Buffer, m: usiz
             let (dy, x, dw) = (dy.get::<f32>(), x.get::<f32>(), dw.get_mut::<f32>());
             backward_weight_on(pool, Isa::detect(), dy, x, dw.as_mut_ptr(), m, n, k);
         }),
-        Backend::Gpu(gpu) => gpu.matmul(&dy, true, &x, &dw, [n, k, m], true),
+        Backend::Gpu(gpu) => {
+            gpu.matmul(Matmul { accumulate: true, ..Matmul::transposed(&dy, &x, &dw, [n, k, m]) });
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use super::linear::{self, Epilogue, Weight};
 use super::rows;
 use super::simd::{exp, madd, multiversion};
 use super::softmax::{self, BLOCK, GROUP, LogSumExp, allowed, forbidden_words, is_forbidden, log_sum_exp};
-use crate::device::{Backend, Buffer, DType, Device, Inputs, SendPtr, Stream};
+use crate::device::{Backend, Buffer, DType, Device, Inputs, Matmul, SendPtr, Stream};
 
 /// Most rows of a chunk, whatever the budget: more make the products no faster.
 const MAX_CHUNK: usize = 1024;
@@ -318,10 +318,12 @@ pub fn forward_backward(
             }
             Backend::Gpu(gpu) => {
                 let chunk = entries.runs().chunk(gpu, &logits, &forbidden, (first, m), v, true);
+                let stride = 2 * v; // where f32 logits were
                 let gradient = chunk.forward_backward(&terms, &targets, &weight, &results);
-                gpu.matmul_strided(&gradient, 2 * v, false, &head.data, &ws.dhidden, [m, h, v], false);
+                gpu.matmul(Matmul { stride, ..Matmul::new(&gradient, &head.data, &ws.dhidden, [m, h, v]) });
                 if let Some(dhead) = dhead {
-                    gpu.matmul_strided(&gradient, 2 * v, true, &ws.hidden, dhead, [v, h, m], true);
+                    let product = Matmul::transposed(&gradient, &ws.hidden, dhead, [v, h, m]);
+                    gpu.matmul(Matmul { stride, accumulate: true, ..product });
                 }
             }
         }
