@@ -9,9 +9,12 @@ use std::path::Path;
 pub(crate) fn open(path: &Path) -> Result<File> {
     // Else opening a pipe would wait for its writer; a regular file does not care.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    match file.metadata()?.is_file() {
-        true => Ok(file),
-        false => Err(Error::new(ErrorKind::InvalidInput, "it is not a regular file, and one is needed")),
+    let found = file.metadata()?;
+    match (found.is_file(), found.is_dir()) {
+        (true, _) => Ok(file),
+        // A kind of its own: errors say more about it.
+        (_, true) => Err(Error::new(ErrorKind::IsADirectory, "it is a folder, not a regular file")),
+        _ => Err(Error::new(ErrorKind::InvalidInput, "it is not a regular file, and one is needed")),
     }
 }
 

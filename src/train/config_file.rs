@@ -180,7 +180,7 @@ const MEND: &str = "give that key a value of the kind that is expected; docs/con
 
 /// What the reader of values says, in people's words for the kinds of them.
 fn plain(message: &str) -> String {
-    const WORDS: [(&str, &str); 9] = [
+    const WORDS: [(&str, &str); 10] = [
         ("floating point `", "the number `"),
         ("integer `", "the number `"),
         ("boolean `", "`"),
@@ -189,6 +189,7 @@ fn plain(message: &str) -> String {
         ("expected u64", "expected a whole number of at least 0"),
         ("expected u32", "expected a whole number of at least 0"),
         ("expected a boolean", "expected true or false"),
+        ("expected an array of length ", "expected a list of "),
         ("expected a sequence", "expected a list, such as [1, 2]"),
     ];
     WORDS.iter().fold(message.to_owned(), |text, (from, to)| text.replace(from, to))
@@ -199,7 +200,7 @@ fn parse(text: &str, name: &str) -> Result<Table> {
     let at = |e: &toml::de::Error| {
         let line = e.span().map_or(1, |s| line_of(text, s.start));
         let source = text.lines().nth(line - 1).unwrap_or("").trim();
-        (format!("{name}, line {line}: {}", e.message().trim()), shortened(source))
+        (format!("{name}, line {line}: {}", plain(e.message().trim())), shortened(source))
     };
     let document = DeTable::parse(text).map_err(|e| {
         let (what, line) = at(&e);
@@ -369,7 +370,7 @@ mod tests {
         }
         assert!(error("", &["optim.lr"]).contains("section.key=value"));
         let e = error("", &["run.seed=1\nx=3"]);
-        assert!(e.contains("the override `run.seed=1") && e.contains("u64"), "{e}");
+        assert!(e.contains("the override `run.seed=1") && e.contains("a whole number"), "{e}");
         // A line that is no TOML may be a whole file of another kind.
         for text in [format!("[run]\nname = {}\n", "[".repeat(100_000)), format!("x{} = 1\n", "é".repeat(100_000))] {
             let e = error(&text, &[]);
