@@ -343,7 +343,8 @@ fn paged_backward_is_its_derivative() {
             }
             sum
         });
-        let mut first: [Option<(Vec<bf16>, Vec<u32>, Vec<u32>)>; 2] = [None, None];
+        type Bits = (Vec<bf16>, Vec<u32>, Vec<u32>);
+        let mut first: [Option<Bits>; 2] = [None, None];
         for (d, pad) in padded() {
             let (s, stride) = (d.stream(), hq * hd + pad);
             let (kv, seg) = (w.cache(&d, &parts), w.segments(&d, &parts));
