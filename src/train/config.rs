@@ -298,11 +298,12 @@ section! {
 section! {
     /// `[optim]`
     Optim {
-        /// Steps of the run; one step of `train` rolls out one batch.
+        /// Steps of the run; one step of `train` rolls out one batch. With the schedule `constant` a run that is complete can go on
+        /// with more of them (`--resume --set optim.steps=...`).
         steps: u64 = 200,
         /// Peak learning rate.
         lr: f64 = 1e-6,
-        /// `constant`, `linear` or `cosine`, after the warm-up.
+        /// `constant`, `linear` or `cosine`, after the warm-up. The last two end with `optim.steps`, which cannot change afterwards.
         schedule: Decay = Decay::Constant,
         /// Steps over which the learning rate rises to its peak.
         warmup_steps: u64 = 0,

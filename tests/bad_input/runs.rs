@@ -109,7 +109,7 @@ fn a_run_file_with_a_mistake_is_refused_by_line_and_nothing_begins() {
     with("[algo]\n\nbetta = 0.1\n", &[], &["run.toml, line 3", "`algo.betta`", "`algo.beta`", mend]);
     with("[algos]\nbeta = 0.1\n", &[], &["run.toml, line 1", "`algos`", "`algo`", mend]);
     with("[algo\n", &[], &["run.toml, line 1", mend]);
-    with("[algo]\nbeta = \"x\"\n", &[], &["run.toml, line 2", "f64", mend]);
+    with("[algo]\nbeta = \"x\"\n", &[], &["run.toml, line 2", "a number", mend]);
     with("", &["algo.betta=1"], &["the command line", "`algo.beta`", mend]);
     with("", &["rollout.temperature=nan"], &["`rollout.temperature`", mend]);
     with("", &["tools.python.cpu_s=1e300"], &["`tools.python.cpu_s`", mend]);
