@@ -5,6 +5,7 @@ use super::emulated::Emulator;
 use super::fault::{Fault, Injected, MEMORY_MEND};
 use super::{Buffer, DType};
 use crate::{Error, Result};
+use std::fmt::Display;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -55,7 +56,7 @@ impl Card {
     }
 
     /// One operation of a kind, as far as injected faults are concerned.
-    pub fn meet(&self, kind: Fault, what: &str) -> Result<()> {
+    pub fn meet(&self, kind: Fault, what: &(impl Display + ?Sized)) -> Result<()> {
         self.injected.as_ref().map_or(Ok(()), |injected| injected.meet(kind, what))
     }
 

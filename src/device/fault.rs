@@ -2,6 +2,7 @@
 //! emulated one, which say the same.
 
 use crate::{Error, Result};
+use std::fmt::Display;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -38,7 +39,7 @@ impl Fault {
 }
 
 /// The error of page-locked memory that is not to be had.
-pub(super) fn page_locked(why: impl std::fmt::Display) -> Error {
+pub(super) fn page_locked(why: impl Display) -> Error {
     Error::limit(
         format!("the system locks no more of the host's memory for copies to and from the GPU: {why}"),
         "free some of the host's memory, or raise the limit on locked memory (ulimit -l)",
@@ -46,7 +47,7 @@ pub(super) fn page_locked(why: impl std::fmt::Display) -> Error {
 }
 
 /// The error of a GPU that does not answer; `what` was being done.
-pub(super) fn lost(what: &str, why: impl std::fmt::Display) -> Error {
+pub(super) fn lost(what: impl Display, why: impl Display) -> Error {
     Error::limit(
         format!("the GPU is lost: it cannot {what}: {why}"),
         "look at nvidia-smi and at the system's log (dmesg, for lines with Xid), reset the card or the machine, and run the same \
@@ -90,7 +91,7 @@ impl Injected {
     }
 
     /// One operation of a kind: its error, where it is the one that fails.
-    pub(super) fn meet(&self, kind: Fault, what: &str) -> Result<()> {
+    pub(super) fn meet(&self, kind: Fault, what: &(impl Display + ?Sized)) -> Result<()> {
         if self.fault != kind && self.fault != Fault::Lost {
             return Ok(());
         }

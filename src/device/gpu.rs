@@ -12,6 +12,7 @@ use super::matmul::Matmul;
 use super::tensor_map::TensorMap;
 use super::{Buffer, DType, Element};
 use crate::{Error, Result};
+use std::fmt::Display;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -144,7 +145,7 @@ impl Gpu {
     fn submit_outside_graphs<T>(
         &self,
         kind: Fault,
-        what: &str,
+        what: impl Display,
         cuda: impl FnOnce(&Arc<cuda::Queue>, &Cuda) -> Result<T>,
         emulated: impl FnOnce(&Emulator) -> Result<T>,
     ) -> Option<T> {
@@ -168,7 +169,7 @@ impl Gpu {
     fn submit<T>(
         &self,
         kind: Fault,
-        what: &str,
+        what: impl Display,
         cuda: impl FnOnce(&Arc<cuda::Queue>, &Cuda) -> Result<T>,
         emulated: impl FnOnce(&Emulator) -> Result<T>,
     ) -> Option<T> {
@@ -177,9 +178,9 @@ impl Gpu {
             (Driver::Cuda(_), None) => Err(Error::internal("a stream that could not be made")),
             (Driver::Emulated(emulator), _) => {
                 if kind == Fault::Copy {
-                    self.card.meet(Fault::PageLocked, what)?;
+                    self.card.meet(Fault::PageLocked, &what)?;
                 }
-                self.card.meet(kind, what)?;
+                self.card.meet(kind, &what)?;
                 emulated(emulator)
             }
         })
@@ -198,7 +199,7 @@ impl Gpu {
         let captured = self.note(|capture| capture.steps.push(Step::launch(kernel, shape, args)));
         self.submit(
             Fault::Launch,
-            &format!("launch {kernel}"),
+            format_args!("launch {kernel}"),
             |queue, _| queue.launch(kernel, shape, args),
             |emulator| if captured { Ok(()) } else { self.emulate(emulator, kernel, shape, args) },
         );

@@ -222,6 +222,7 @@ impl Engine {
         let float = model.device().float();
         let per_block = page_bytes(c, float);
         let (limits, blocks) = options.limits(c, float);
+        let step_bytes = options.step_bytes(c, float);
         let max_context = limits.max_len;
         if max_context < 2 || options.max_sequences == 0 || options.step_tokens == 0 {
             return Err(Error::limit(
@@ -248,18 +249,9 @@ impl Engine {
                 "forbid ids of this model's vocabulary, and not all of them",
             ));
         }
-        // A lower bound: what the largest buffers take, so that no option can ask for what ends the process.
-        let widest = [c.hidden_size, c.qkv_width(), 2 * c.intermediate_size].into_iter().max().unwrap_or(0);
-        let needed = [
-            options.step_tokens.saturating_mul(widest * float.size()),
-            options
-                .step_patches
-                .saturating_mul(c.vision.hidden_size.max(2 * c.vision.intermediate_size) * float.size()),
-            options.max_sequences.saturating_mul(c.vocab_size * size_of::<f32>()),
-            options.max_sequences.saturating_mul(max_context.div_ceil(BLOCK) * size_of::<u32>()),
-        ];
-        let needed =
-            needed.into_iter().fold(options.kv_bytes.saturating_add(options.vision_bytes), usize::saturating_add);
+        // So that no option can ask for what ends the process.
+        let needed = [options.kv_bytes, options.vision_bytes, step_bytes];
+        let needed = needed.into_iter().fold(0, usize::saturating_add);
         model.device().check_room(
             needed,
             "this engine's caches and buffers",

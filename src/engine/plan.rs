@@ -65,7 +65,8 @@ impl Plan {
         rows == i.kv_lens.len() && rows == self.draws.len() && i.image_rows.is_empty()
     }
 
-    /// Appends the tokens `from..to` of a sequence whose pages are all there, and which has a row of the block tables. `image`: the id of image rows.
+    /// Appends the tokens `from..to` of a sequence whose pages are all there, and which has a row of the block tables. `image`: the id
+    /// of image rows.
     pub fn push_rows(&mut self, s: &mut Sequence, from: usize, to: usize, block: usize, image: u32) {
         let (first, known, i) = (self.rows(), to.min(s.tokens.len()), &mut self.input);
         if from < known {

@@ -1,10 +1,13 @@
 //! The binary, as a person at a terminal meets it.
 
+mod agent;
 mod chat;
 mod device;
 mod doctor;
 mod dry;
 mod episodes;
+mod first_run;
+mod folders;
 mod inspect;
 mod quickstart;
 mod training;

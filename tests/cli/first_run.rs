@@ -1,20 +1,13 @@
 //! What `varft quickstart` says, and what becomes of an earlier one.
 
+use super::{stderr, stdout};
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 fn quickstart(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_varft"));
     command.arg("quickstart").args(args);
     command
-}
-
-fn stdout(o: &Output) -> String {
-    String::from_utf8(o.stdout.clone()).unwrap()
-}
-
-fn stderr(o: &Output) -> String {
-    String::from_utf8(o.stderr.clone()).unwrap()
 }
 
 /// A run of one step on few questions.

@@ -1,15 +1,7 @@
 //! Which folders are models, which are left behind, and what a command line that cannot be says.
 
+use super::{stderr, varft};
 use std::path::Path;
-use std::process::{Command, Output};
-
-fn varft(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_varft")).args(args).output().unwrap()
-}
-
-fn stderr(o: &Output) -> String {
-    String::from_utf8(o.stderr.clone()).unwrap()
-}
 
 fn with_sets<'a>(args: &[&'a str], keys: &[&'a str]) -> Vec<&'a str> {
     args.iter().copied().chain(keys.iter().flat_map(|k| ["--set", k])).collect()

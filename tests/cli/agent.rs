@@ -1,34 +1,9 @@
-//! `varft chat`, through a pipe.
+//! `varft chat` with what a run has trained, through a pipe.
 
-use std::io::Write;
+use super::chat::chat;
+use super::{stderr, stdout, varft};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
-
-fn varft(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_varft")).args(args).output().unwrap()
-}
-
-fn stdout(o: &Output) -> String {
-    String::from_utf8(o.stdout.clone()).unwrap()
-}
-
-fn stderr(o: &Output) -> String {
-    String::from_utf8(o.stderr.clone()).unwrap()
-}
-
-fn chat(args: &[&str], said: &str) -> Output {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_varft"))
-        .arg("chat")
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // A chat that refused to begin does not listen.
-    let _ = child.stdin.take().unwrap().write_all(said.as_bytes());
-    child.wait_with_output().unwrap()
-}
+use std::process::Command;
 
 /// What was said between the lines in brackets that begin with `from` and with `to`.
 fn between<'a>(text: &'a str, from: &str, to: &str) -> &'a str {
